@@ -1,0 +1,163 @@
+"""The command line: `python -m jobs <job> [--config FILE.yaml] [--set a.b=value ...] [flags]`.
+
+Nothing heavy is imported before the command has been found right. People read stderr, where workers' prints go too;
+stdout gets one line at the end, a JSON object with what the job did. Exit code 0: done; 2: the command or its
+configuration is wrong, and nothing was started; 1: it ran and failed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from pipeline import config as settings
+from pipeline.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command: its module in `jobs`, its settings, and the flags that everyone gives (name -> help text)."""
+
+    module: str
+    settings: type[settings.Settings]
+    summary: str
+    flags: dict[str, str] = field(default_factory=dict)
+
+
+JOBS = {
+    "shard": Job("shard", settings.ShardConfig, "pictures in a folder or bucket -> a shard dataset", {
+        "images": "folder or s3://bucket/prefix that holds the pictures",
+        "output": "where the shard dataset goes",
+        "annotations": "COCO keypoints JSON (optional)",
+        "images-per-shard": "at most so many pictures in a shard",
+        "include": "only names that match this pattern, such as '*.jpg'",
+        "limit": "only the first N pictures, by name"}),
+    "train": Job("train", settings.TrainConfig, "a shard dataset -> a model directory", {
+        "data": "shard dataset to train on",
+        "output": "where the model directory and its checkpoints go",
+        "val": "shard dataset for the AP in the loop",
+        "workers": "number of workers, or MIN:MAX",
+        "register": "name to register the model under in MLflow"}),
+    "annotate": Job("annotate", settings.AnnotateConfig, "pictures -> a keypoint dataset in Parquet", {
+        "input": "shard dataset, prefix of pictures, or a Parquet/CSV list of URIs",
+        "model": "model directory, runs:/... or models:/name@alias",
+        "output": "where the keypoint dataset goes; the same command again continues there",
+        "boxes": "annotated, whole-image, or a COCO detections JSON",
+        "limit": "only the first N pictures: a trial"}),
+    "evaluate": Job("evaluate", settings.EvaluateConfig, "keypoints against annotations: the ten COCO numbers, PCK", {
+        "keypoints": "keypoint dataset",
+        "annotations": "COCO keypoints JSON with the truth"}),
+    "export": Job("export", settings.ExportConfig, "keypoints in another tool's format", {
+        "keypoints": "keypoint dataset",
+        "to": "format: coco-results",
+        "output": "file to write"}),
+    "preview": Job("preview", settings.PreviewConfig, "one HTML page with skeletons drawn over pictures", {
+        "keypoints": "keypoint dataset",
+        "output": "folder for the page",
+        "images": "where the pictures are (default: where the dataset says)"}),
+    "import-model": Job("import_model", settings.ImportModelConfig, "a public checkpoint -> a model directory", {
+        "checkpoint": "file, URL, or name: mspn_50, 2xmspn_50, 3xmspn_50, 4xmspn_50",
+        "output": "where the model directory goes",
+        "register": "name to register the model under in MLflow"}),
+    "demo": Job("demo", settings.DemoConfig, "the whole line, on pictures that it makes itself", {
+        "output": "folder for everything",
+        "data": "a folder like COCO's instead of made pictures"}),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one job; its exit code. See the module's text for what goes where."""
+    with _stdout_for_the_result() as stdout:
+        try:
+            options = _parser().parse_args(arguments)
+            job = JOBS[options.job]
+            flags = {_setting(flag): getattr(options, _setting(flag)) for flag in job.flags}
+            config = settings.load_config(job.settings, file=options.config, assignments=options.set, flags=flags)
+            _log_to_stderr()
+            result = importlib.import_module(f"jobs.{job.module}").run(config)
+        except ConfigError as error:
+            return _failed(2, error)
+        except DataError as error:
+            return _failed(1, error)
+        except OSError as error:  # the store, the network, the disk: the message names the object
+            return _failed(1, error)
+        _report(result, stdout, options.result)
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs", description="Human-pose annotation as a batch system: shard, train, annotate, evaluate.",
+        epilog="Each job: python -m jobs <job> --help.")
+    jobs = parser.add_subparsers(dest="job", metavar="<job>", required=True)
+    for name, job in JOBS.items():
+        one = jobs.add_parser(name, help=job.summary, description=f"{name}: {job.summary}.",
+                              formatter_class=argparse.RawDescriptionHelpFormatter,
+                              epilog="settings (--set name=value, or in the --config file):\n" + _defaults(job.settings))
+        for flag, text in job.flags.items():
+            one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"))
+        one.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
+        one.add_argument("--set", action="append", default=[], metavar="a.b=value", help="one setting; may be repeated")
+        one.add_argument("--result", metavar="URI", help="write the result there too, as JSON")
+    return parser
+
+
+def _defaults(kind: type[settings.Settings], prefix: str = "") -> str:
+    lines = []
+    for name, about in kind.model_fields.items():
+        if isinstance(about.annotation, type) and issubclass(about.annotation, settings.Settings):
+            lines.append(_defaults(about.annotation, f"{prefix}{name}."))
+        else:
+            default = "(needed)" if about.is_required() else f"= {json.dumps(about.default)}"
+            text = f"  {prefix}{about.alias or name} {default}"
+            lines.append(f"{text}  ({about.description})" if about.description else text)
+    return "\n".join(lines)
+
+
+def _setting(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+@contextlib.contextmanager
+def _stdout_for_the_result() -> Iterator[TextIO]:
+    """The real stdout, for one line at the end; until then whatever is printed, by workers too, goes to stderr."""
+    if any(flag in sys.argv for flag in ("-h", "--help")):
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as stdout:
+        os.dup2(2, 1)
+        yield stdout
+        sys.stdout.flush()
+        stdout.flush()
+        os.dup2(stdout.fileno(), 1)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("botocore", "alembic", "mlflow", "ray"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _failed(code: int, error: Exception) -> int:
+    print(f"{'error' if code == 2 else 'failed'}: {error}", file=sys.stderr)
+    return code
+
+
+def _report(result: dict[str, Any], stdout: TextIO, uri: str | None) -> None:
+    from pipeline.storage import put_if_absent
+
+    line = json.dumps(result)
+    if uri and not put_if_absent(uri, line.encode()):
+        print(f"warning: --result {uri}: there is an object of that name, which is never replaced.", file=sys.stderr)
+    print(line, file=stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What happens to one row or one batch: plain functions, no Ray."""

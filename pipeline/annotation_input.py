@@ -1,0 +1,225 @@
+"""What an annotation run reads: a shard dataset, a prefix of pictures, or a list of URIs; and who makes the boxes.
+
+Each kind of input gives two things: the units of the plan, and the pictures of one planned unit.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline import shards, storage
+from pipeline.annotation import PictureToAnnotate, annotated_boxes, strongest_boxes, whole_image_box
+from pipeline.coco import parse_detections
+from pipeline.errors import ConfigError, DataError
+from pipeline.images import PictureRefused
+from pipeline.rows import Boxes
+
+SHARDS, PREFIX, LIST = "shards", "prefix", "list"
+ANNOTATED, WHOLE_IMAGE, DETECTIONS = "annotated", "whole-image", "detections"
+LIST_ENDINGS = (".parquet", ".csv")
+BOX_SCHEMA = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
+                        ("score", pa.float64())])
+
+
+@dataclass(frozen=True)
+class BoxChoice:
+    """Who makes the boxes, and the digest of what they come from; `detections` is where the frozen copy lies."""
+
+    kind: str
+    digest: str | None = None
+    detections: str | None = None
+    min_score: float = 0.0
+    max_persons: int | None = None
+
+    def intent(self) -> dict[str, Any]:
+        """What of it can change a row."""
+        return {"kind": self.kind, "digest": self.digest, "min_score": self.min_score, "max_persons": self.max_persons}
+
+
+# --- the input ----------------------------------------------------------------------------------------------------
+
+
+def describe_input(uri: str) -> dict[str, Any]:
+    """The kind of input at this URI, with its version where it has versions."""
+    uri = storage.normalise(uri)
+    if uri.endswith(LIST_ENDINGS):
+        return {"kind": LIST, "uri": uri}
+    version = shards.newest_version(uri)
+    return {"kind": SHARDS, "uri": uri, "version": version} if version else {"kind": PREFIX, "uri": uri}
+
+
+def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None) -> Iterator[list[dict[str, Any]]]:
+    """The units of an input, each a list of planned pictures (PLAN_SCHEMA without `unit`)."""
+    if source["kind"] == SHARDS:
+        units = _shard_units(shards.open_shards(source["uri"], source["version"]))
+    else:
+        listed = _listed(source["uri"]) if source["kind"] == LIST else _under_prefix(source["uri"])
+        units = _chunks(listed, pictures_per_unit)
+    found = False
+    for unit in _limited(units, limit):
+        found = True
+        yield unit
+    if not found:
+        raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address.")
+
+
+def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]],
+                     boxes: "BoxSource") -> Iterator[PictureToAnnotate]:
+    """The pictures of one planned unit, in the plan's order."""
+    if source["kind"] == SHARDS:
+        dataset = _open_shards_once(source["uri"], source["version"])
+        part = next(part for part in dataset.parts if part.name == planned[0]["part"])
+        rows = {row["key"]: row for row in shards.read_part(dataset, part).to_pylist()}
+        yield from (_sharded_picture(rows[one["key"]], boxes) for one in planned)
+    else:
+        root = source["uri"] if source["kind"] == PREFIX else None
+        yield from (_plain_picture(root, one, boxes) for one in planned)
+
+
+def _shard_units(dataset: shards.ShardDataset) -> Iterator[list[dict[str, Any]]]:
+    for part in dataset.parts:
+        table = shards.read_part_columns(dataset, part, ["key", "etag", "size", "sha256"])
+        yield [{**row, "part": part.name} for row in table.to_pylist()]
+
+
+def _under_prefix(uri: str) -> Iterator[dict[str, Any]]:
+    for found in storage.list_objects(uri):
+        yield {"key": found.name, "etag": found.etag, "size": found.size}
+
+
+def _listed(uri: str) -> Iterator[dict[str, Any]]:
+    """A list's rows: `uri` is needed, `etag` and `size` are optional; an URI that is listed twice is refused."""
+    data = pa.BufferReader(storage.read_object(uri))
+    table = pq.read_table(data) if uri.endswith(".parquet") else pyarrow.csv.read_csv(data)
+    if "uri" not in table.column_names:
+        raise DataError(f"{uri}: a list of pictures needs a column `uri`; it has {', '.join(table.column_names)}.")
+    rows = sorted(table.to_pylist(), key=lambda row: str(row["uri"]).encode())
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before["uri"] == row["uri"]:
+            raise DataError(f"{uri} lists {row['uri']} more than once; each picture has one entry.")
+        yield {"key": row["uri"], "etag": row.get("etag"), "size": row.get("size")}
+
+
+def _chunks(pictures: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(pictures)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def _limited(units: Iterable[list[dict[str, Any]]], limit: int | None) -> Iterator[list[dict[str, Any]]]:
+    left = limit
+    for unit in units:
+        yield unit[:left]
+        left = None if left is None else left - len(unit)
+        if left is not None and left <= 0:
+            return
+
+
+@functools.lru_cache(maxsize=4)
+def _open_shards_once(uri: str, version: int) -> shards.ShardDataset:
+    return shards.open_shards(uri, version)
+
+
+def _sharded_picture(row: dict[str, Any], boxes: "BoxSource") -> PictureToAnnotate:
+    def read() -> bytes:
+        if row["bytes"] is None:  # refused when it was sharded: the refusal is carried on
+            raise PictureRefused(row["reason"], row["error"])
+        return bytes(row["bytes"])
+
+    names = ("key", "image_id", "etag", "sha256", "width", "height")
+    return PictureToAnnotate({name: row[name] for name in names}, read, functools.partial(boxes, row))
+
+
+def _plain_picture(root: str | None, planned: dict[str, Any], boxes: "BoxSource") -> PictureToAnnotate:
+    uri = planned["key"] if root is None else storage.join(root, planned["key"])
+    picture = {"key": planned["key"], "image_id": None, "etag": planned["etag"], "sha256": None,
+               "width": None, "height": None}
+    return PictureToAnnotate(picture, functools.partial(storage.read_object, uri, etag=planned["etag"]),
+                             functools.partial(boxes, picture))
+
+
+# --- the boxes ----------------------------------------------------------------------------------------------------
+
+BoxSource = Callable[[dict[str, Any], int, int], Boxes]  # (row, width, height) -> its persons
+
+
+def choose_boxes(asked: str | None, source: dict[str, Any], output: str, *, min_score: float,
+                 max_persons: int | None) -> BoxChoice:
+    """Who makes the boxes of this run. A detections JSON is copied to the output, so that it is frozen too.
+
+    Refuses (ConfigError) a choice that this input can't serve: annotated boxes without annotations, detections
+    (which name pictures by image_id) without a shard dataset that has image ids.
+    """
+    annotations = _annotations_sha256(source)
+    if asked is None and not annotations:
+        raise ConfigError(f"{source['uri']} comes without annotated persons: say who makes the boxes by "
+                          "--boxes whole-image, or --boxes with the URI of a COCO detections JSON.")
+    if asked in (None, ANNOTATED):
+        if not annotations:
+            raise ConfigError(f"--boxes annotated: {source['uri']} is no shard dataset with annotations. "
+                              "Shard it with --annotations, or choose other boxes.")
+        return BoxChoice(ANNOTATED, annotations)
+    if asked == WHOLE_IMAGE:
+        return BoxChoice(WHOLE_IMAGE)
+    if not annotations:
+        raise ConfigError(f"--boxes {asked}: COCO detections name pictures by image_id, which only a shard dataset "
+                          "made with --annotations has.")
+    return _freeze_detections(str(asked), output, min_score=min_score, max_persons=max_persons)
+
+
+def box_source(choice: BoxChoice) -> BoxSource:
+    """The function that gives a picture's boxes: (row, width, height) -> Boxes."""
+    if choice.kind == ANNOTATED:
+        return lambda row, width, height: annotated_boxes(row.get("persons"))
+    if choice.kind == WHOLE_IMAGE:
+        return lambda row, width, height: whole_image_box(width, height)
+    assert choice.detections is not None
+    detected = _read_detections(choice.detections)
+
+    def boxes_of(row: dict[str, Any], width: int, height: int) -> Boxes:
+        return strongest_boxes(detected.get(row["image_id"], Boxes.none()), min_score=choice.min_score,
+                               max_persons=choice.max_persons)
+
+    return boxes_of
+
+
+def _annotations_sha256(source: dict[str, Any]) -> str | None:
+    if source["kind"] != SHARDS:
+        return None
+    found: str | None = _open_shards_once(source["uri"], source["version"]).json["source"]["annotations_sha256"]
+    return found
+
+
+def _freeze_detections(uri: str, output: str, *, min_score: float, max_persons: int | None) -> BoxChoice:
+    try:
+        data = storage.read_object(uri)
+    except storage.ObjectMissing:
+        raise ConfigError(f"--boxes {uri}: neither annotated, whole-image, nor a detections JSON that is there.") from None
+    rows = [{"image_id": image_id, "box_id": one.index, "xywh": list(one.box_xywh), "score": one.score}
+            for image_id, detections in sorted(parse_detections(data, source=uri).items()) for one in detections]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, BOX_SCHEMA), sink, compression="zstd")
+    digest = hashlib.sha256(data).hexdigest()
+    frozen = storage.join(output, "_boxes", f"{digest[:16]}.parquet")
+    storage.put_if_absent(frozen, sink.getvalue().to_pybytes())
+    return BoxChoice(DETECTIONS, digest, frozen, min_score, max_persons)
+
+
+def _read_detections(uri: str) -> dict[int, Boxes]:
+    table = pq.read_table(pa.BufferReader(storage.read_object(uri)))
+    image_ids = table["image_id"].to_numpy()
+    xywh = np.array(table["xywh"].to_pylist(), np.float64).reshape(-1, 4)
+    ids, scores = table["box_id"].to_numpy(), table["score"].to_numpy()
+    # the frozen copy is sorted by image: each image's boxes are one slice
+    found, starts = np.unique(image_ids, return_index=True)
+    ends = [*starts[1:], len(image_ids)]
+    return {int(image): Boxes(ids[a:b], xywh[a:b], scores[a:b])
+            for image, a, b in zip(found, starts, ends, strict=True)}

@@ -1,0 +1,266 @@
+"""One frozen model of settings for each job, and how they come together: defaults, a YAML file, `--set`, flags.
+
+It knows no Ray, no torch and no MLflow, so that `--help` and a wrong command answer at once.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import ConfigError
+from pipeline.storage import normalise
+
+
+class Settings(BaseModel):
+    """Settings that can't be changed once they are read, and that refuse a key they don't know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrackingConfig(Settings):
+    """Where MLflow is. Without `uri`: MLFLOW_TRACKING_URI, or an SQLite file in the working directory."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "pose"
+
+
+class RayConfig(Settings):
+    """How many processes work at once. Nothing here can change a row."""
+
+    tasks: int | None = Field(None, ge=1, description="tasks at once; default: one for each core")
+
+
+class ShardConfig(Settings):
+    """`shard`: pictures under a prefix, and their annotations -> a shard dataset."""
+
+    images: str
+    output: str
+    annotations: str | None = None
+    images_per_shard: int = Field(1000, ge=1)
+    bytes_per_shard: int = Field(128_000_000, ge=1_000_000)
+    include: str | None = None
+    annotated_only: bool = False
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    validate_pictures: Literal["header", "full"] = Field("header", alias="validate")
+    ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class AugmentationConfig(Settings):
+    """The authors' augmentation; `enabled: false` crops as at test time."""
+
+    enabled: bool = True
+    rotation_deg: float = Field(45.0, ge=0, le=180)
+    rotation_probability: float = Field(0.5, ge=0, le=1)
+    scale_range: tuple[float, float] = (0.6, 1.0)
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    half_body_probability: float = Field(0.3, ge=0, le=1)
+
+
+class NetworkConfig(Settings):
+    """Which MSPN: the authors' two stages of ResNet-50 by default."""
+
+    num_stages: int = Field(2, ge=1)
+    input_size_wh: tuple[int, int] = (192, 256)
+    blocks: tuple[int, int, int, int] = (3, 4, 6, 3)
+    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
+    stem_channels: int = Field(64, ge=1)
+    upsample_channels: int = Field(256, ge=1)
+
+
+class OptimiserConfig(Settings):
+    """The authors' optimiser and schedule (MSPN.md 6): Adam, L2 on everything, warm-up, linear decay to 0."""
+
+    learning_rate_per_worker: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(1e-5, ge=0)
+    iterations: int = Field(96_000, ge=1)
+    warmup_iterations: int = Field(2400, ge=0)
+    warmup_factor: float = Field(0.1, ge=0, le=1)
+    batch_size_per_worker: int = Field(32, ge=1)
+
+
+class LossConfig(Settings):
+    """What is supervised. `occluded: suppress` is the authors' (occluded joints are driven to zero on the coarse heads)."""
+
+    ohkm_joints: int = Field(8, ge=1)
+    occluded: Literal["suppress", "supervise"] = "suppress"
+
+
+class TrainConfig(Settings):
+    """`train`: a shard dataset -> a model directory."""
+
+    data: str
+    output: str
+    val: str | None = None
+    workers: str = "auto"
+    register_as: str | None = Field(None, alias="register")
+    alias: str = "candidate"
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    threads: int | None = Field(None, ge=1)
+    validate_every: int = Field(2400, ge=1, description="iterations between validations and checkpoints")
+    validate_persons: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    trunk: str | None = Field(None, description="a ResNet-50 state dict for every stage's trunk")
+    init: str | None = Field(None, description="a model to begin from")
+    network: NetworkConfig = NetworkConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    loss: LossConfig = LossConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_are_a_count(cls, value: Any) -> str:
+        text = str(value)
+        parts = text.split(":")
+        if text != "auto" and not (len(parts) <= 2 and all(part.isdigit() and int(part) > 0 for part in parts)):
+            raise ValueError("expected a number of workers, MIN:MAX, or auto")
+        return text
+
+
+class AnnotateConfig(Settings):
+    """`annotate`: pictures -> a keypoint dataset."""
+
+    input: str
+    model: str
+    output: str
+    boxes: str | None = None
+    min_box_score: float = Field(0.0, ge=0, le=1)
+    max_persons: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1)
+    pictures_per_unit: int = Field(500, ge=1, le=100_000)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    flip: bool = True
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    deterministic: bool = False
+    max_pixels: int = Field(128_000_000, ge=1)
+    max_rejected_share: float = Field(0.05, ge=0, le=1)
+    actors: int | None = Field(None, ge=1)
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class EvaluateConfig(Settings):
+    """`evaluate`: keypoints against annotations."""
+
+    keypoints: str
+    annotations: str
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class ExportConfig(Settings):
+    """`export`: keypoints in another tool's format."""
+
+    keypoints: str
+    to: Literal["coco-results"]
+    output: str
+
+
+class PreviewConfig(Settings):
+    """`preview`: one HTML page with skeletons over pictures."""
+
+    keypoints: str
+    output: str
+    images: str | None = None
+    pictures: int = Field(24, ge=1)
+    seed: int = 0
+
+
+class ImportModelConfig(Settings):
+    """`import-model`: a public checkpoint -> a model directory."""
+
+    checkpoint: str
+    output: str
+    register_as: str | None = Field(None, alias="register")
+    alias: str = "candidate"
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class DemoConfig(Settings):
+    """`demo`: the whole line on pictures that it makes itself, or on `data` (a folder like COCO's)."""
+
+    output: str = "demo"
+    data: str | None = None
+    pictures: int = Field(320, ge=20)
+    iterations: int | None = Field(None, ge=1)
+    tracking: TrackingConfig = TrackingConfig()
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load_config(kind: type[AnySettings], *, file: str | None = None, assignments: Sequence[str] = (),
+                flags: Mapping[str, Any] | None = None) -> AnySettings:
+    """The job's settings: defaults, then the YAML file, then each `a.b=value`, then flags (None: not given).
+
+    Refuses with ConfigError: a file that isn't there or isn't a mapping, an assignment without "=", an unknown key
+    (the nearest known one is named), a value of the wrong kind or out of its range.
+    """
+    values = _read_yaml(file) if file else {}
+    for assignment in assignments:
+        _assign(values, assignment)
+    values |= {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
+
+
+def locations(settings: Settings, *names: str) -> Any:
+    """The same settings with the named URIs spelled in full, so that a worker elsewhere reads the same place."""
+    known = {name: normalise(value) for name in names if (value := getattr(settings, name))}
+    return settings.model_copy(update=known)
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file}: not YAML: {error}.") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"--config {file}: expected settings as `name: value`, found {type(values).__name__}.")
+    return values or {}
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {assignment}: expected a.b=value.")
+    *path, last = name.split(".")
+    for step in path:
+        inner = values.setdefault(step, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {assignment}: {step} is a value, not a group of settings.")
+        values = inner
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(kind: type[Settings], problem: Any) -> str:
+    """One line for one of pydantic's problems: the setting's full name, what was given, what to write instead."""
+    path = [str(step) for step in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "missing":
+        return f"{name} is needed: give --{name.replace('_', '-')} or set it in the configuration file."
+    if problem["type"] != "extra_forbidden":
+        return f"{name}: {problem['msg']} (given: {problem['input']!r})."
+    known = _known_names(kind, path[:-1])
+    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}."
+    return f"{name} is not a setting of this job; {hint}"
+
+
+def _known_names(kind: type[Settings], path: Sequence[str]) -> list[str]:
+    for step in path:
+        annotation: Any = kind.model_fields[step].annotation
+        kind = next((each for each in (annotation, *get_args(annotation)) if isinstance(each, type)), kind)
+    return [field.alias or name for name, field in kind.model_fields.items()]

@@ -1,0 +1,175 @@
+"""A model directory: everything that inference needs, and nothing that has to be trusted.
+
+    model.safetensors   the weights, under the authors' names
+    model.json          `ModelSpec`: which network, what it wants to see, what its answers mean, its origin
+
+Writing and reading live here, and the one definition of what the network sees of a crop.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.model.decode import Decoding
+from pipeline.model.mspn import MSPN, MSPNConfig, check_tensors
+from pipeline.pose.skeleton import Skeleton
+
+VERSION = 1  # the newest major version of model.json that this program reads
+SPEC_FILE = "model.json"
+WEIGHTS_FILE = "model.safetensors"
+REMEDY = "Copy the whole directory again, or write it anew with import-model or train."
+
+# ImageNet's, which the authors and MMPose use alike, in the order R, G, B and for values of 0 to 1
+IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class ModelSpec(BaseModel):
+    """What model.json says. Keys that this version doesn't know are ignored, at every level.
+
+    network         which MSPN; its input_size_wh is what crops must have
+    skeleton        the joints, as `Skeleton.to_json` gives them, as many as the network has
+    colour          order of the network's input channels
+    mean, std       of values of 0 to 1, in the network's channel order; the authors' by default
+    box_padding_wh  factors on a box's width and height before its aspect is fitted; the authors' by default
+    decoding        how the heatmaps become joints
+    source          where the weights come from, for people: run id, data digest, checkpoint, its SHA-256
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: Literal[1] = 1
+    architecture: Literal["mspn"] = "mspn"
+    network: MSPNConfig
+    skeleton: dict[str, Any]
+    colour: Literal["BGR", "RGB"] = "BGR"
+    mean: tuple[float, float, float] = IMAGENET_MEAN_RGB[::-1]
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD_RGB[::-1]
+    box_padding_wh: tuple[Positive, Positive] = (1.09, 1.135)
+    decoding: Decoding = Decoding()
+    source: dict[str, Any] = {}
+
+    @property
+    def input_size_wh(self) -> tuple[int, int]:
+        """Width and height of the crops that the network sees."""
+        return self.network.input_size_wh
+
+    @field_validator("network", "decoding", mode="before")
+    @classmethod
+    def _without_unknown_keys(cls, value: Any, info: ValidationInfo) -> Any:
+        known = MSPNConfig.model_fields if info.field_name == "network" else Decoding.model_fields
+        return {key: value[key] for key in value if key in known} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _joints_are_as_many(self) -> "ModelSpec":
+        num_joints = Skeleton.from_json(self.skeleton).num_joints
+        if num_joints != self.network.num_joints:
+            raise ValueError(f"the skeleton has {num_joints} joints, the network {self.network.num_joints}")
+        return self
+
+
+def save_model(directory: Path, network: MSPN, spec: ModelSpec) -> None:
+    """Write a model directory; the same weights and spec give the same bytes. `load_model` is the inverse.
+
+    Weights are written as float32, model.json last. A directory that holds a model is refused with DataError.
+    """
+    assert network.config == spec.network, (network.config, spec.network)
+    directory.mkdir(parents=True, exist_ok=True)
+    there = [name for name in (SPEC_FILE, WEIGHTS_FILE) if (directory / name).exists()]
+    if there:
+        raise DataError(f"{directory} holds {' and '.join(there)} already, and a model is never replaced: "
+                        "choose another directory.")
+    (directory / WEIGHTS_FILE).write_bytes(save(_as_stored(network)))
+    (directory / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(directory: Path) -> tuple[MSPN, ModelSpec]:
+    """The network, in evaluation mode on the CPU, and its spec.
+
+    Refused with DataError: a missing or broken file, a newer version, weights that aren't just this network's.
+    """
+    spec = read_spec(directory)
+    path = directory / WEIGHTS_FILE
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise DataError(f"{directory} has no {WEIGHTS_FILE}. {REMEDY}") from None
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} can't be read as safetensors ({error}). {REMEDY}") from None
+    return build_network(spec.network, weights, source=str(path)), spec
+
+
+def build_network(config: MSPNConfig, weights: dict[str, Tensor], *, source: str) -> MSPN:
+    """The network with exactly these weights, in evaluation mode; DataError names what doesn't fit."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        network = MSPN(config)
+    check_tensors(weights, network.state_dict(), source=source)
+    network = network.to_empty(device="cpu")
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The spec alone; DataError where model.json is missing, broken, or newer than this program."""
+    path = directory / SPEC_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{directory} is no model directory: it has no {SPEC_FILE}. {REMEDY}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). {REMEDY}") from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise DataError(f"{path} names no version, so it is no model's. {REMEDY}")
+    if version > VERSION:
+        raise DataError(f"{path} is of version {version}; this program reads versions up to {VERSION}. "
+                        "Upgrade the program.")
+    try:
+        return ModelSpec.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DataError(f"{path}: {problems}. {REMEDY}") from None
+
+
+def model_digest(directory: Path) -> str:
+    """What identifies the model: the SHA-256 of model.json's bytes and then the weights', 64 hex digits.
+
+    `cat model.json model.safetensors | sha256sum` says the same.
+    """
+    digest = hashlib.sha256()
+    for name in (SPEC_FILE, WEIGHTS_FILE):
+        try:
+            with (directory / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(f"{directory} has no {name}. {REMEDY}") from None
+    return digest.hexdigest()
+
+
+def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the network sees of crops: [B, 3, H, W] of a dtype, in the network's channel order.
+
+    crops  uint8 [B, H, W, 3] BGR, on any device
+    """
+    channels = crops.permute(0, 3, 1, 2)
+    ordered = channels if spec.colour == "BGR" else channels.flip(1)
+    mean, std = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    # in the order in which the authors compute it, so that rounding is the same
+    return ordered.contiguous().float().div(255).sub(mean).div(std).to(dtype)
+
+
+def _as_stored(network: MSPN) -> dict[str, Tensor]:
+    tensors = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in tensors.items()}

@@ -1,0 +1,76 @@
+"""What training minimises: MSPN's coarse-to-fine loss over all heads (Li et al. 2019, sec. 3.3).
+
+It knows heatmaps, targets and visibilities; not where they come from.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.model.targets import KERNELS
+
+COARSE_WEIGHT = 0.25  # of each plain head
+OHKM_JOINTS = 8  # the authors' number of hard joints
+UNITS = 4
+
+Occluded = Literal["suppress", "supervise"]
+
+
+class LossTerms(NamedTuple):
+    """total  scalar, what is minimised: the sum of heads.
+    heads  [S, 4], each head's weighted share of it: stage by stage, coarse to fine.
+    """
+
+    total: Tensor
+    heads: Tensor
+
+
+def mspn_loss(heatmaps: list[list[Tensor]], targets: Tensor, visible: Tensor, *,
+              ohkm_joints: int = OHKM_JOINTS, occluded: Occluded = "suppress") -> LossTerms:
+    """The loss over all 4S heads, a mean over the batch; float32 under autocast, float64 where heatmaps are.
+
+    heatmaps  of each stage, of each unit (coarse to fine) [B, K, h, w]: what the network's forward gives
+    targets   [B, 5, K, h, w], kernels wide to narrow, peak 255 (`draw_targets`)
+    visible   [B, K]: 0 not labelled, 1 labelled but occluded, 2 visible
+    occluded  what the three coarse heads of each stage learn of joints that aren't visible:
+              "suppress"   the authors': an empty map, for occluded and for unlabelled joints
+              "supervise"  MMPose's: occluded joints as visible ones; unlabelled ones are left out
+
+    Coarse heads: mean squared error, a quarter each. Finest head: the mean of the ohkm_joints largest errors
+    of a person's labelled joints (divided by ohkm_joints also where fewer are labelled). The last stage
+    learns the four narrower kernels, all others the four wider.
+    """
+    assert targets.shape[:3] == (len(visible), len(KERNELS), visible.shape[1]), (targets.shape, visible.shape)
+    terms = []
+    for stage, (*coarse, finest) in enumerate(heatmaps):
+        first = 1 if stage == len(heatmaps) - 1 else 0
+        kernels = targets[:, first:first + UNITS].unbind(dim=1)
+        for head, target in zip(coarse, kernels[:-1], strict=True):
+            terms.append(COARSE_WEIGHT * coarse_loss(head, target, visible, occluded=occluded))
+        terms.append(hard_joints_loss(finest, kernels[-1], visible, ohkm_joints=ohkm_joints))
+    heads = torch.stack(terms).view(len(heatmaps), UNITS)
+    return LossTerms(heads.sum(), heads)
+
+
+def coarse_loss(heatmaps: Tensor, targets: Tensor, visible: Tensor, *,
+                occluded: Occluded = "suppress") -> Tensor:
+    """Mean squared error of one head [B, K, h, w]; `occluded` as in `mspn_loss`."""
+    if occluded == "suppress":
+        return _joint_errors(heatmaps, targets * (visible > 1)[..., None, None]).mean()
+    assert occluded == "supervise", occluded
+    return (_joint_errors(heatmaps, targets) * (visible > 0)).mean()
+
+
+def hard_joints_loss(heatmaps: Tensor, targets: Tensor, visible: Tensor, *,
+                     ohkm_joints: int = OHKM_JOINTS) -> Tensor:
+    """Online hard keypoint mining (Chen et al. 2018, sec. 3.3) on one head [B, K, h, w]; batch mean."""
+    errors = _joint_errors(heatmaps, targets) * (visible > 0)
+    hardest = errors.topk(min(ohkm_joints, errors.shape[1]), dim=1, sorted=False).values
+    return hardest.sum(dim=1).mean() / ohkm_joints
+
+
+def _joint_errors(heatmaps: Tensor, targets: Tensor) -> Tensor:
+    """Each joint's mean squared error [B, K]. Heatmaps reach 255, whose square is past what float16 holds."""
+    exact = heatmaps if heatmaps.dtype == torch.float64 else heatmaps.float()
+    return (exact - targets).square().mean(dim=(2, 3))

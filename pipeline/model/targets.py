@@ -1,0 +1,80 @@
+"""The maps that the heads learn: a Gaussian around each joint, in five widths, drawn where the network is.
+
+A drawn sample is a megabyte, its joints are some hundred bytes: joints travel, maps are drawn on the device.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+KERNELS = (15, 11, 9, 7, 5)  # the authors' blur sizes in cells, wide to narrow
+PEAK = 255.0
+STRIDE = 4  # input pixels for each cell of a heatmap
+
+# OpenCV's own tables for small kernels. Its formula, used from 11 on, would give other numbers.
+FIXED_TAPS = {
+    1: (1,),
+    3: (1, 2, 1),
+    5: (1, 4, 6, 4, 1),
+    7: (8, 28, 56, 72, 56, 28, 8),
+    9: (4, 13, 30, 51, 60, 51, 30, 13, 4),
+}
+
+
+def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, int], *,
+                 kernels: tuple[int, ...] = KERNELS) -> Tensor:
+    """The targets [B, len(kernels), K, H/4, W/4] float32 on the joints' device; 0 to 255.
+
+    joints_xy  [B, K, 2] in input pixels
+    visible    [B, K]: a joint of 0 gets an empty map, and so does one outside of the input
+
+    A 1 in the joint's cell (its pixel / 4, cut off), blurred as OpenCV's GaussianBlur does with its default
+    border (reflect-101), scaled so that the map's highest cell is 255. Blur and border act on rows and on
+    columns by themselves: each map is the outer product of two looked-up rows; no loop, no convolution.
+    """
+    width, height = input_size_wh[0] // STRIDE, input_size_wh[1] // STRIDE
+    cells = (joints_xy / STRIDE).floor().long()
+    size = torch.tensor((width, height), device=cells.device)
+    drawn = (visible >= 1) & ((cells >= 0) & (cells < size)).all(dim=-1)
+    x, y = cells.clamp_min(0).minimum(size - 1).unbind(dim=-1)
+    across = _profiles(width, kernels, joints_xy.device)[:, x].transpose(0, 1)  # [B, kernels, K, w]
+    down = _profiles(height, kernels, joints_xy.device)[:, y].transpose(0, 1)
+    down = down * (PEAK * drawn)[:, None, :, None]
+    return down[..., :, None] * across[..., None, :]
+
+
+def gaussian_taps(kernel: int) -> npt.NDArray[np.float64]:
+    """OpenCV's Gaussian of an odd size and sigma 0 (chosen by size), float64 [kernel], sum 1."""
+    assert kernel % 2 == 1, kernel
+    sigma = 0.3 * ((kernel - 1) / 2 - 1) + 0.8
+    around = np.arange(-(kernel // 2), kernel // 2 + 1)
+    taps = np.array(FIXED_TAPS.get(kernel, np.exp(-(around**2) / (2 * sigma**2))), dtype=np.float64)
+    return np.asarray(taps / taps.sum())
+
+
+@lru_cache(maxsize=32)
+def _profiles(length: int, kernels: tuple[int, ...], device: torch.device) -> Tensor:
+    """[kernels, length, length] float32: row c is a blurred 1 in cell c, its highest value 1."""
+    profiles = np.stack([_blurred_deltas(length, kernel) for kernel in kernels])
+    profiles /= profiles.max(axis=-1, keepdims=True)
+    with torch.inference_mode(mode=False):  # it is kept, and may be asked for next by training
+        return torch.from_numpy(profiles.astype(np.float32)).to(device)
+
+
+def _blurred_deltas(length: int, kernel: int) -> npt.NDArray[np.float64]:
+    """Row c: what blurring leaves of a 1 in cell c of a row of zeros."""
+    cells = np.arange(length)
+    blurred = np.zeros((length, length))
+    for shift, tap in enumerate(gaussian_taps(kernel), start=-(kernel // 2)):
+        blurred[_reflected(cells + shift, length), cells] += tap
+    return blurred
+
+
+def _reflected(index: npt.NDArray[np.int_], length: int) -> npt.NDArray[np.int_]:
+    """reflect-101: -1 is cell 1, `length` is cell length - 2, and on from wall to wall."""
+    period = max(2 * (length - 1), 1)
+    index = index % period
+    return np.minimum(index, period - index) if length > 1 else index

@@ -1,0 +1,54 @@
+"""A model REF -> a local model directory, and the name and version by which people know it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import storage, tracking
+from pipeline.config import TrackingConfig
+from pipeline.errors import ConfigError
+
+FILES = ("model.safetensors", "model.json")  # the specification last: it makes the directory whole
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A local model directory. `name` and `version` are the registry's; a plain directory has its path and None."""
+
+    directory: Path
+    name: str
+    version: str | None
+
+
+def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> FoundModel:
+    """The model that a REF means: a directory (path or s3://), `runs:/...` or `models:/name@alias`.
+
+    What is elsewhere is downloaded below `into`. Refuses (ConfigError) a place that holds no model directory.
+    """
+    if tracking.is_model_reference(reference):
+        version = tracking.registered_version(reference, tracking=settings)
+        directory = tracking.resolve_model(reference, tracking=settings, into=into)
+        return FoundModel(directory, version.name if version else reference, version.version if version else None)
+    uri = storage.normalise(reference)
+    if storage.is_remote(uri):
+        return FoundModel(download_model(uri, into), uri, None)
+    if not (Path(uri) / FILES[-1]).is_file():
+        raise ConfigError(f"--model {reference}: no model directory is there (expected {' and '.join(FILES)}). "
+                          "Give the --output of train or import-model, runs:/... or models:/name@alias.")
+    return FoundModel(Path(uri), uri, None)
+
+
+def download_model(uri: str, into: Path) -> Path:
+    """The model directory at a path or s3:// URI, copied below `into`."""
+    for name in FILES:
+        try:
+            data = storage.read_object(storage.join(uri, name))
+        except storage.ObjectMissing:
+            raise ConfigError(f"{uri} is no model directory: it has no {name}.") from None
+        (into / name).write_bytes(data)
+    return into
+
+
+def upload_model(directory: Path, uri: str) -> None:
+    """Put a local model directory's files if absent, the specification last."""
+    for name in FILES:
+        storage.put_if_absent(storage.join(uri, name), (directory / name).read_bytes())

@@ -1,0 +1,234 @@
+"""One training sample from one annotated person: the region, what chance does to it, the crop and its joints.
+
+All chance comes from ten uniform numbers drawn at once from the sample's own generator, so a sample depends
+on (seed, epoch, annotation id) alone: not on the worker, the order, or what became of the sample before it.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.pose.crop import (
+    Floats,
+    Pixels,
+    Region,
+    crop_matrix,
+    crop_person,
+    fit_aspect,
+    joints_to_crop,
+    region_for_box,
+)
+from pipeline.pose.skeleton import Skeleton
+
+# A half is taken if it has more joints than this, and given up if both together leave fewer than three.
+HALF_TAKEN_ABOVE = 3
+HALF_NEEDS = 3
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What chance does to a sample. The defaults are the authors' for COCO (their config and JointsDataset).
+
+    base_scale              factor on both sides of the box, instead of the padding at test time
+    extend_wh               each side grows by up to this share of itself, uniformly
+    half_body_probability   of showing only the upper or lower joints, where half_body_min_joints are labelled
+    upper_body_probability  of preferring the upper ones; theirs is P(normal < 0.5)
+    half_body_extend_wh     as extend_wh, of the extent of the chosen joints
+    scale_range             factor on the region, uniform; theirs is 0.8 times (0.75, 1.25)
+    rotation_deg            the largest angle, uniform in both directions, with rotation_probability
+    flip_probability        of mirroring
+    """
+
+    base_scale: float = 1.05
+    extend_wh: tuple[float, float] = (0.6, 0.8)
+    half_body_probability: float = 0.3
+    half_body_min_joints: int = 4
+    upper_body_probability: float = 0.6915
+    half_body_extend_wh: tuple[float, float] = (0.6, 0.8)
+    scale_range: tuple[float, float] = (0.6, 1.0)
+    rotation_deg: float = 45.0
+    rotation_probability: float = 0.5
+    flip_probability: float = 0.5
+
+
+NO_AUGMENTATION: Final = None  # the test-time region, nothing random
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The ten uniform numbers in [0, 1) that decide a sample."""
+
+    width: float
+    height: float
+    half_body: float
+    upper_body: float
+    half_width: float
+    half_height: float
+    scale: float
+    rotate: float
+    angle: float
+    flip: float
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A person as the network trains on it.
+
+    crop       uint8 [H, W, 3] BGR
+    joints_xy  float32 [K, 2] in crop pixels, zero where visible is 0
+    visible    uint8 [K]: 0 not labelled or outside of the crop, 1 occluded, 2 visible
+    """
+
+    crop: Pixels
+    joints_xy: npt.NDArray[np.float32]
+    visible: npt.NDArray[np.uint8]
+
+
+def sample_generator(seed: int, epoch: int, annotation_id: int) -> np.random.Generator:
+    """The generator of one sample: the same on any machine, another for another seed, epoch or annotation."""
+    # Two words for each number: seeds of varying length could coincide.
+    words = np.array([seed, epoch, annotation_id], dtype="<i8").view("<u4")
+    return np.random.default_rng(np.random.SeedSequence(words.tolist()))
+
+
+def training_sample(
+    image_bgr: Pixels,
+    box_xywh: tuple[float, float, float, float] | Floats,
+    keypoints: Floats,
+    *,
+    skeleton: Skeleton,
+    input_size_wh: tuple[int, int],
+    augmentation: Augmentation | None,
+    padding_wh: tuple[float, float],
+    generator: np.random.Generator,
+) -> TrainingSample:
+    """The sample of one person; keypoints float64 [K, 3] are (x, y, v) in the picture's pixels.
+
+    Without augmentation: the region that inference crops, with padding_wh. With it: padding_wh is not used.
+    A box without extent is refused with DataError.
+    """
+    if augmentation is None:
+        region = region_for_box(box_xywh, input_size_wh, padding_wh=padding_wh)
+        matrix, flipped = crop_matrix(region, input_size_wh), False
+    else:
+        draws = Draws(*generator.random(10).tolist())
+        region = augmented_region(
+            box_xywh, keypoints, skeleton=skeleton, input_size_wh=input_size_wh,
+            augmentation=augmentation, draws=draws,
+        )  # fmt: skip
+        flipped = draws.flip < augmentation.flip_probability
+        matrix = augmented_matrix(
+            region,
+            image_bgr.shape[1],
+            input_size_wh,
+            rotation_deg=rotation(augmentation, draws),
+            flipped=flipped,
+        )
+    joints_xy, visible = _joints_in_crop(keypoints, matrix, input_size_wh)
+    if flipped:
+        joints_xy, visible = flip_joints(joints_xy, visible, skeleton=skeleton)
+    return TrainingSample(crop_person(image_bgr, matrix, input_size_wh), joints_xy, visible)
+
+
+def augmented_region(
+    box_xywh: tuple[float, float, float, float] | Floats,
+    keypoints: Floats,
+    *,
+    skeleton: Skeleton,
+    input_size_wh: tuple[int, int],
+    augmentation: Augmentation,
+    draws: Draws,
+) -> Region:
+    """The region of a training sample: the box grown by chance, or half a body, then scaled by chance."""
+    padding_wh = (
+        augmentation.base_scale * (1 + augmentation.extend_wh[0] * draws.width),
+        augmentation.base_scale * (1 + augmentation.extend_wh[1] * draws.height),
+    )
+    region = region_for_box(box_xywh, input_size_wh, padding_wh=padding_wh)
+    num_labelled = int((keypoints[:, 2] > 0).sum())
+    if (
+        num_labelled >= augmentation.half_body_min_joints
+        and draws.half_body < augmentation.half_body_probability
+    ):
+        half = half_body_region(
+            keypoints,
+            upper_body=skeleton.upper_body,
+            input_size_wh=input_size_wh,
+            prefer_upper=draws.upper_body < augmentation.upper_body_probability,
+            growth_wh=(
+                1 + augmentation.half_body_extend_wh[0] * draws.half_width,
+                1 + augmentation.half_body_extend_wh[1] * draws.half_height,
+            ),
+        )
+        region = half or region
+    low, high = augmentation.scale_range
+    return Region(region.center_xy, region.size_wh * (low + (high - low) * draws.scale))
+
+
+def half_body_region(
+    keypoints: Floats,
+    *,
+    upper_body: tuple[int, ...],
+    input_size_wh: tuple[int, int],
+    prefer_upper: bool,
+    growth_wh: tuple[float, float],
+) -> Region | None:
+    """The region of the upper or lower labelled joints of keypoints [K, 3], or None where they are too few.
+
+    The upper is taken if it is preferred and has more than three joints; else the lower if that has more than
+    three; else the upper. Its extent grows by the factors growth_wh.
+    """
+    labelled = keypoints[:, 2] > 0
+    is_upper = np.isin(np.arange(len(keypoints)), upper_body)
+    upper, lower = keypoints[labelled & is_upper, :2], keypoints[labelled & ~is_upper, :2]
+    take_upper = (prefer_upper and len(upper) > HALF_TAKEN_ABOVE) or len(lower) <= HALF_TAKEN_ABOVE
+    chosen = upper if take_upper else lower
+    if len(chosen) < HALF_NEEDS:
+        return None
+    least, most = chosen.min(axis=0), chosen.max(axis=0)
+    if not (most > least).any():
+        return None
+    return Region((least + most) / 2, fit_aspect((most - least) * growth_wh, input_size_wh))
+
+
+def rotation(augmentation: Augmentation, draws: Draws) -> float:
+    """The angle in degrees that the draws give."""
+    if draws.rotate >= augmentation.rotation_probability:
+        return 0.0
+    return augmentation.rotation_deg * (2 * draws.angle - 1)
+
+
+def augmented_matrix(
+    region: Region, image_width: int, input_size_wh: tuple[int, int], *, rotation_deg: float, flipped: bool
+) -> Floats:
+    """The matrix [2, 3] from the picture to the crop, with the mirroring of the whole picture inside it.
+
+    The authors mirror the picture (x to W - 1 - x), then turn and cut; this is the same without the copy.
+    """
+    if not flipped:
+        return crop_matrix(region, input_size_wh, rotation_deg=rotation_deg)
+    center_xy = np.array([image_width - 1 - region.center_xy[0], region.center_xy[1]])
+    matrix = crop_matrix(Region(center_xy, region.size_wh), input_size_wh, rotation_deg=rotation_deg)
+    mirror = np.array([[-1.0, 0.0, image_width - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    product: Floats = matrix @ mirror
+    return product
+
+
+def flip_joints(
+    joints_xy: npt.NDArray[np.float32], visible: npt.NDArray[np.uint8], *, skeleton: Skeleton
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    """Joints [K, 2] and visibilities [K] of a mirrored picture under their new names: left is right now."""
+    order = list(skeleton.flip_order)
+    return joints_xy[order], visible[order]
+
+
+def _joints_in_crop(
+    keypoints: Floats, matrix: Floats, input_size_wh: tuple[int, int]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    joints_xy = joints_to_crop(keypoints[:, :2], matrix)
+    last_pixel = np.array(input_size_wh) - 1
+    inside = ((joints_xy >= 0) & (joints_xy <= last_pixel)).all(axis=1)
+    visible = np.where(inside, keypoints[:, 2], 0).astype(np.uint8)
+    return np.where(visible[:, None] > 0, joints_xy, 0).astype(np.float32), visible

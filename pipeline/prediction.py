@@ -1,0 +1,118 @@
+"""Persons in pictures -> their joints, with one model on one device: crop, forward, flip test, decode, back.
+
+The same object serves annotation, validation during training, and the model as MLflow stores it. Heatmaps stay on
+the device; what comes back is a few numbers for each joint.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.model.decode import decode_heatmaps, flip_average
+from pipeline.model.directory import ModelSpec, load_model, normalise_crops
+from pipeline.model.mspn import MSPN
+from pipeline.pose.crop import crop_matrix, crop_person, joints_to_image, region_for_box
+from pipeline.pose.skeleton import Skeleton
+
+Array = np.ndarray[Any, Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CroppedPersons:
+    """The persons of one picture as the network sees them.
+
+    crops       uint8 [n, H, W, 3] BGR
+    centers_xy  float64 [n, 2], sizes_wh float64 [n, 2]: the region of each crop, in picture pixels
+    """
+
+    crops: Array
+    centers_xy: Array
+    sizes_wh: Array
+
+
+@dataclass(frozen=True)
+class PersonKeypoints:
+    """Joints of n persons: `joints_xy` float32 [n, K, 2] in picture pixels, `joint_scores` [n, K], `scores` [n]."""
+
+    joints_xy: Array
+    joint_scores: Array
+    scores: Array
+
+
+class Predictor:
+    """A loaded model that answers with joints.
+
+    device      "cpu", "cuda", or "auto": CUDA where there is one
+    precision   "float32" or "bfloat16" (autocast of the network; decoding is float32 always)
+    flip        average with the mirrored picture, as the authors test
+    batch_size  crops in one forward pass
+    threads     torch's CPU threads in this process; None leaves them as they are. Bits depend on their number.
+    """
+
+    def __init__(self, model: Path | tuple[MSPN, ModelSpec], *, device: str = "auto", precision: str = "float32",
+                 flip: bool = True, batch_size: int = 32, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.network, self.spec = load_model(model) if isinstance(model, Path) else model
+        available = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(available if device == "auto" else device)
+        self.network = self.network.to(self.device).eval()
+        self.dtype, self.flip, self.batch_size = DTYPES[precision], flip, batch_size
+        self.skeleton = Skeleton.from_json(self.spec.skeleton)
+
+    def crop_persons(self, image_bgr: Array, boxes_xywh: Array) -> CroppedPersons:
+        """The crops of `boxes_xywh` float64 [n, 4] (picture pixels) from a uint8 [H, W, 3] picture."""
+        size_wh, padding_wh = self.spec.input_size_wh, self.spec.box_padding_wh
+        regions = [region_for_box(box, size_wh, padding_wh=padding_wh) for box in boxes_xywh]
+        crops = [crop_person(image_bgr, crop_matrix(region, size_wh), size_wh) for region in regions]
+        width, height = size_wh
+        return CroppedPersons(np.stack(crops) if crops else np.empty((0, height, width, 3), np.uint8),
+                              np.array([region.center_xy for region in regions]).reshape(-1, 2),
+                              np.array([region.size_wh for region in regions]).reshape(-1, 2))
+
+    def predict_crops(self, crops: Iterable[Array]) -> tuple[Array, Array]:
+        """Joints float32 [N, K, 2] in crop pixels and scores float32 [N, K] of a stream of uint8 [H, W, 3] crops.
+
+        The stream is cut into batches as it comes, so that at most `batch_size` crops are held.
+        """
+        answers = [self._predict_batch(np.stack(batch)) for batch in _batches(crops, self.batch_size)]
+        num_joints = self.skeleton.num_joints
+        joints = [np.empty((0, num_joints, 2), np.float32), *(joints for joints, _ in answers)]
+        scores = [np.empty((0, num_joints), np.float32), *(scores for _, scores in answers)]
+        return np.concatenate(joints), np.concatenate(scores)
+
+    def predict_persons(self, image_bgr: Array, boxes_xywh: Array) -> PersonKeypoints:
+        """The joints of the persons in `boxes_xywh` float64 [n, 4] (picture pixels) of one uint8 [H, W, 3] picture."""
+        persons = self.crop_persons(image_bgr, boxes_xywh)
+        joints, scores = self.predict_crops(persons.crops)
+        return PersonKeypoints(self.to_picture(joints, persons), scores, scores.mean(axis=1))
+
+    def to_picture(self, joints_xy: Array, persons: CroppedPersons) -> Array:
+        """Joints [n, K, 2] in crop pixels as float32 picture pixels."""
+        placed = joints_to_image(joints_xy, persons.centers_xy, persons.sizes_wh, self.spec.input_size_wh)
+        return placed.astype(np.float32)
+
+    @torch.inference_mode()
+    def _predict_batch(self, crops: Array) -> tuple[Array, Array]:
+        images = normalise_crops(torch.from_numpy(crops).to(self.device), self.spec)
+        heatmaps = self._heatmaps(images)
+        if self.flip:
+            heatmaps = flip_average(heatmaps, self._heatmaps(images.flip(-1)), self.skeleton.flip_order)
+        joints, scores = decode_heatmaps(heatmaps, self.spec.input_size_wh, decoding=self.spec.decoding)
+        return joints.cpu().numpy(), scores.cpu().numpy()
+
+    def _heatmaps(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network.predict(images).float()
+
+
+def _batches(items: Iterable[Array], size: int) -> Iterator[list[Array]]:
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch

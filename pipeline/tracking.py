@@ -1,0 +1,437 @@
+"""Runs, metrics and registered models: a handful of functions of plain types over MLflow.
+
+The one importer of mlflow, with pipeline/pyfunc.py, which MLflow itself runs. It takes seconds to import,
+so it is imported when first needed. It knows no Ray: another process goes on with a run by its id.
+
+Opening a run, registering and resolving a model raise `TrackingError` where MLflow can't be used. What is
+logged to an open run is never worth losing a job for: a failure there is a warning in our own log.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import TrackingConfig
+from pipeline.errors import ConfigError, DataError
+
+logger = logging.getLogger("pipeline.tracking")
+
+# MLflow's own defaults wait for many minutes. Two more attempts find a server that restarts; one that isn't
+# there is known after seconds, one that takes connections and stays silent after a minute and a half.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # requirements are given explicitly, whatever folder the job runs in
+}
+MAX_DIGEST = 36  # characters in MLflow's tables
+MAX_BATCH = 100  # parameters or tags in one request
+MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
+SPEC_FILE = "model.json"
+REQUIREMENTS = ("numpy", "opencv-python-headless", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml",
+                "safetensors", "torch")
+REGISTRY_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+
+
+class TrackingError(OSError):
+    """MLflow could not be used: the message names the place, what it said, and the remedy."""
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """One version of a registered model. `reference`, models:/name/version, never moves, as an alias does."""
+
+    name: str
+    version: str
+    run_id: str | None
+
+    @property
+    def reference(self) -> str:
+        """What `resolve_model` takes."""
+        return f"models:/{self.name}/{self.version}"
+
+
+class Run:
+    """An open run, or the null run that takes the same calls and keeps nothing (`run_id`, `url`: None)."""
+
+    def __init__(self, client: Any = None, *, location: str = "", run_id: str | None = None,
+                 url: str | None = None) -> None:
+        self._client = client
+        self._location = location
+        self.run_id = run_id
+        self.url = url
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Keep settings, nested ones as `a.b`. What the run already has stays: a resumed run began so."""
+        def send(client: Any, run_id: str) -> None:
+            from mlflow.entities import Param
+
+            known = client.get_run(run_id).data.params
+            new = [Param(name, str(value)) for name, value in _flat(params) if name not in known]
+            for start in range(0, len(new), MAX_BATCH):
+                client.log_batch(run_id, params=new[start : start + MAX_BATCH])
+
+        self._send("parameters", send)
+
+    def log_metrics(self, metrics: Mapping[str, float | None], *, step: int = 0) -> None:
+        """Keep numbers at a step; those that are None don't exist and are left out."""
+        def send(client: Any, run_id: str) -> None:
+            from mlflow.entities import Metric
+
+            now_ms = int(time.time() * 1000)
+            client.log_batch(run_id, metrics=[Metric(name, float(value), now_ms, step)
+                                              for name, value in metrics.items() if value is not None])
+
+        self._send("metrics", send)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags; a tag of the same name is replaced."""
+        def send(client: Any, run_id: str) -> None:
+            from mlflow.entities import RunTag
+
+            client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+        self._send("tags", send)
+
+    def log_dataset(self, name: str, uri: str, *, digest: str, context: str) -> None:
+        """Say which data the run read: address, digest, and in which role (`training`, `validation`, ...)."""
+        def send(client: Any, run_id: str) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            kind = "s3" if uri.startswith("s3://") else "local"
+            source = _json({"uri": without_credentials(uri)})
+            dataset = Dataset(name, digest[:MAX_DIGEST], source_type=kind, source=source)
+            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+
+        self._send(f"dataset {name}", send)
+
+    def log_picture(self, name: str, image_bgr: npt.NDArray[np.uint8]) -> None:
+        """Keep a picture [H, W, 3] uint8 BGR as the artifact `name`, which ends in .jpg or .png."""
+        rgb = np.ascontiguousarray(image_bgr[..., ::-1])
+        self._send(name, lambda client, run_id: client.log_image(run_id, rgb, artifact_file=name))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Keep a text as the artifact `name`."""
+        self._send(name, lambda client, run_id: client.log_text(run_id, text, name))
+
+    def log_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Keep a JSON-able dict as the artifact `name`."""
+        self._send(name, lambda client, run_id: client.log_text(run_id, _json(value), name))
+
+    def _send(self, what: str, send: Callable[[Any, str], None]) -> None:
+        if self._client is None or self.run_id is None:
+            return
+        try:
+            with _mlflow_errors(self._location):
+                send(self._client, self.run_id)
+        except TrackingError as error:
+            logger.warning("not logged (%s): %s", what, error)
+
+
+# --- where MLflow is ---------------------------------------------------------------------------------------
+
+
+def located(tracking: TrackingConfig) -> TrackingConfig:
+    """The same settings with `uri` written out, so that a worker in another folder means the same place.
+
+    Without a `uri`: MLFLOW_TRACKING_URI, else mlflow.db in the working directory. A relative SQLite path is
+    made absolute.
+    """
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        uri = f"sqlite:///{os.path.abspath(uri.removeprefix('sqlite:///'))}"
+    return tracking.model_copy(update={"uri": uri})
+
+
+def without_credentials(text: str) -> str:
+    """The text with user, password and query taken out of every address in it."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda match: _bare_address(match[0]), text)
+
+
+def _bare_address(uri: str) -> str:
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else uri.partition("?")[0]
+
+
+# --- runs --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, ends: bool | None = None,
+             system_metrics: bool = False) -> Iterator[Run]:
+    """A run to log to, new or continued by `run_id`; the null run where tracking is off.
+
+    A new run ends with the block: FINISHED, FAILED after an exception, KILLED after an interrupt. A continued
+    one is left as it is, since it is another process's to end; `ends=True` takes it over (a resuming job).
+    system_metrics  also log this machine's CPU, memory, disk, network and GPU, every 10 s, as `system/...`
+    Raises TrackingError where MLflow can't be reached or doesn't know the run.
+    """
+    if not tracking.enabled:
+        yield Run()
+        return
+    owned = ends if ends is not None else run_id is None
+    tracking = located(tracking)
+    client, entity = _start(tracking, name=name, run_id=run_id, owned=owned)
+    run = Run(client, location=str(tracking.uri), run_id=entity.info.run_id,
+              url=_run_url(str(tracking.uri), entity.info))
+    with _system_metrics(run, enabled=system_metrics), _terminated(run, client, owned=owned):
+        yield run
+
+
+def _start(tracking: TrackingConfig, *, name: str, run_id: str | None, owned: bool) -> tuple[Any, Any]:
+    client = _client(tracking)
+    with _mlflow_errors(str(tracking.uri)):
+        if run_id is None:
+            return client, client.create_run(_experiment_id(client, tracking), run_name=name)
+        if owned:
+            client.update_run(run_id, status="RUNNING")
+        return client, client.get_run(run_id)
+
+
+@contextlib.contextmanager
+def _terminated(run: Run, client: Any, *, owned: bool) -> Iterator[None]:
+    def end(status: str) -> None:
+        if owned:
+            run._send("the end", lambda _, run_id: client.set_terminated(run_id, status))
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        end("KILLED")
+        raise
+    except BaseException:
+        end("FAILED")
+        raise
+    end("FINISHED")
+
+
+@contextlib.contextmanager
+def _system_metrics(run: Run, *, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+        run.run_id, resume_logging=True, tracking_uri=run._location)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _client(tracking: TrackingConfig) -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # importing takes 2 to 3 s, and reads the environment
+    import mlflow
+
+    for noisy in ("mlflow.store.db.utils", "alembic", "mlflow.system_metrics"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with _mlflow_errors(str(tracking.uri)):
+        return mlflow.MlflowClient(tracking.uri)
+
+
+def _experiment_id(client: Any, tracking: TrackingConfig) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(tracking.experiment)
+    if found is None:
+        # two jobs may begin at once: whoever comes second takes the first one's
+        with contextlib.suppress(MlflowException):
+            client.create_experiment(tracking.experiment, _artifact_folder(str(tracking.uri)))
+        found = client.get_experiment_by_name(tracking.experiment)
+    if found is None or found.lifecycle_stage != "active":
+        raise ConfigError(f"the experiment {tracking.experiment!r} can't be used at "
+                          f"{without_credentials(str(tracking.uri))}: it was deleted, or may not be created. "
+                          "Restore it, or --set tracking.experiment=another.")
+    return str(found.experiment_id)
+
+
+def _artifact_folder(uri: str) -> str | None:
+    """Beside an SQLite file, whatever folder a process works in; a server decides by itself (None)."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).parent / "mlruns").as_uri()
+
+
+def _run_url(uri: str, info: Any) -> str | None:
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return f"{without_credentials(uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+
+
+@contextlib.contextmanager
+def _mlflow_errors(uri: str) -> Iterator[None]:
+    """Whatever MLflow raises, as a TrackingError without a cause: its own errors repeat passwords in URIs."""
+    try:
+        yield
+    except (ConfigError, DataError, TrackingError):
+        raise
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TrackingError(
+            f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line)} "
+            "Start the server or correct tracking.uri (MLFLOW_TRACKING_URI), or go without: "
+            "--set tracking.enabled=false.") from None
+
+
+# --- models ------------------------------------------------------------------------------------------------
+
+
+def register_model_directory(directory: Path, name: str, *, tracking: TrackingConfig,
+                             run_id: str | None = None, alias: str | None = None) -> dict[str, Any]:
+    """Store a model directory as a new version of the registered model `name`.
+
+    Returns name, version, alias, run_id, and `reference` (models:/name/version).
+    It becomes a pyfunc from code: our `pipeline` package, the directory as an artifact, a signature, and the
+    requirements of this environment; nothing is pickled and nothing inferred. `alias` then points to it.
+    Without `run_id` a run of its own is opened.
+    Refused: a folder without model.json (DataError), tracking that is off (ConfigError).
+    """
+    if not (directory / SPEC_FILE).is_file():
+        raise DataError(f"{directory} is no model directory: it has no {SPEC_FILE}.")
+    _refuse_off(tracking, f"register {name!r}")
+    with open_run(tracking, name=f"register {name}", run_id=run_id) as run:
+        tracking = located(tracking)
+        client = _client(tracking)
+        with _mlflow_errors(str(tracking.uri)):
+            version = _log_pyfunc(directory, name, tracking=tracking, run_id=str(run.run_id))
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, version)
+    return {"name": name, "version": version, "alias": alias, "run_id": run.run_id,
+            "reference": f"models:/{name}/{version}"}
+
+
+def _log_pyfunc(directory: Path, name: str, *, tracking: TrackingConfig, run_id: str) -> str:
+    import mlflow.pyfunc
+    from mlflow.models import Model
+
+    package = Path(__file__).resolve().parent
+    mlflow.set_tracking_uri(str(tracking.uri))
+    mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)
+    info = Model.log(
+        artifact_path=None, name=MODEL_ARTIFACT, flavor=mlflow.pyfunc, run_id=run_id,
+        registered_model_name=name, python_model=str(package / "pyfunc.py"), code_paths=[str(package)],
+        artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(), pip_requirements=_requirements(),
+    )
+    return str(info.registered_model_version)
+
+
+def _signature() -> Any:
+    """Picture bytes and boxes in; the keypoint columns depend on the model's joints and are left open."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    inputs = Schema([ColSpec(DataType.binary, "picture"),
+                     ColSpec(Array(Array(DataType.double)), "boxes", required=False)])
+    numbers = (*(f"box_{side}" for side in "xywh"), "score")
+    outputs = Schema([ColSpec(DataType.long, "picture_index"), ColSpec(DataType.long, "person_index"),
+                      *(ColSpec(DataType.double, name) for name in numbers)])
+    return ModelSignature(inputs=inputs, outputs=outputs)
+
+
+def _requirements() -> list[str]:
+    """The packages that inference imports, as installed here; a local build's suffix is no public version."""
+    versions = {package: importlib.metadata.version(package).partition("+")[0] for package in REQUIREMENTS}
+    return [f"{package}=={version}" for package, version in versions.items()]
+
+
+def knows_run(run_id: str, *, tracking: TrackingConfig) -> bool:
+    """Whether MLflow has this run; False where tracking is off. TrackingError where MLflow can't be reached."""
+    if not tracking.enabled:
+        return False
+    tracking = located(tracking)
+    client = _client(tracking)
+    from mlflow.exceptions import MlflowException
+
+    with _mlflow_errors(str(tracking.uri)):
+        try:
+            client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+    return True
+
+
+def is_model_reference(text: str) -> bool:
+    """Whether it is MLflow's to resolve (`runs:/...`, `models:/...`), rather than a folder or a URI."""
+    return text.startswith(("runs:/", "models:/"))
+
+
+def registered_version(reference: str, *, tracking: TrackingConfig) -> RegisteredVersion | None:
+    """The version that models:/name@alias or models:/name/3 means at this moment; None for runs:/..."""
+    if reference.startswith("runs:/"):
+        return None
+    match = REGISTRY_REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ConfigError(f"{reference!r} is no model reference: expected models:/name@alias, models:/name/3 "
+                          "or runs:/run_id/model.")
+    _refuse_off(tracking, f"look up {reference}")
+    tracking = located(tracking)
+    client = _client(tracking)
+    with _mlflow_errors(str(tracking.uri)):
+        found = (client.get_model_version_by_alias(match["name"], match["alias"]) if match["alias"]
+                 else client.get_model_version(match["name"], match["version"]))
+        return RegisteredVersion(found.name, str(found.version), found.run_id)
+
+
+def resolve_model(reference: str, *, tracking: TrackingConfig, into: Path) -> Path:
+    """The model directory that a reference means, downloaded below `into`: the folder that holds model.json.
+
+    reference  models:/name@alias, models:/name/3, or runs:/run_id/path
+    A logged model without a model directory inside is refused with DataError.
+    """
+    _refuse_off(tracking, f"download {reference}")
+    version = registered_version(reference, tracking=tracking)
+    tracking = located(tracking)
+    _client(tracking)
+    with _mlflow_errors(str(tracking.uri)):
+        import mlflow
+
+        into.mkdir(parents=True, exist_ok=True)
+        target = tempfile.mkdtemp(dir=into)
+        mlflow.set_tracking_uri(str(tracking.uri))
+        mlflow.artifacts.download_artifacts(version.reference if version else reference, dst_path=target)
+    found = sorted(Path(target).rglob(SPEC_FILE), key=lambda path: len(path.parts))
+    if not found:
+        shutil.rmtree(target)
+        raise DataError(f"{reference} holds no model directory (no {SPEC_FILE} inside): it was not "
+                        "registered by `train` or `import-model`.")
+    return found[0].parent
+
+
+def _refuse_off(tracking: TrackingConfig, what: str) -> None:
+    if not tracking.enabled:
+        raise ConfigError(f"can't {what}: tracking is off. Leave out tracking.enabled=false.")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1)

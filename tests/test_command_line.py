@@ -1,0 +1,105 @@
+"""What a person meets at the command line: help, settings, refusals, exit codes, the one line of result."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import JOBS
+from pipeline.config import AnnotateConfig, ShardConfig, TrainConfig, load_config
+from pipeline.errors import ConfigError
+
+NEEDED = {"images": "in", "output": "out"}
+
+
+def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "jobs", *arguments], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+
+
+def test_help_answers_within_a_second() -> None:
+    began = time.monotonic()
+    answer = command("--help")
+    assert time.monotonic() - began < 1.5  # a second, and some for a busy machine
+    assert answer.returncode == 0
+    assert all(name in answer.stdout for name in JOBS)
+
+
+def test_bad_usage_imports_nothing_heavy() -> None:
+    code = ("import sys; from jobs.__main__ import main; code = main(['shard', '--set', 'imgs=x']); "
+            "heavy = {'ray', 'torch', 'mlflow', 'cv2', 'boto3', 'pyarrow'} & set(sys.modules); sys.exit(code if not heavy else 99)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [("nosuch",), ("shard", "--nosuch", "x"), ("shard", "--images", "x"),
+                                       ("export", "--keypoints", "k", "--to", "nosuch", "--output", "o")])
+def test_a_wrong_command_exits_with_2_and_prints_nothing_on_stdout(arguments: tuple[str, ...]) -> None:
+    answer = command(*arguments)
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_each_job_lists_its_settings(name: str) -> None:
+    answer = command(name, "--help")
+    assert answer.returncode == 0
+    assert all(f"--{flag}" in answer.stdout for flag in JOBS[name].flags)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean images_per_shard"):
+        load_config(ShardConfig, assignments=["image_per_shard=3"], flags=NEEDED)
+
+
+def test_an_unknown_setting_inside_a_group_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean optimiser\.iterations"):
+        load_config(TrainConfig, assignments=["optimiser.iteration=3"], flags={"data": "d", "output": "o"})
+
+
+@pytest.mark.parametrize("assignment", ["images_per_shard=0", "images_per_shard=many", "validate=half"])
+def test_a_value_out_of_range_is_refused_by_name(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=assignment.partition("=")[0]):
+        load_config(ShardConfig, assignments=[assignment], flags=NEEDED)
+
+
+def test_flags_win_over_assignments_and_these_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("images_per_shard: 1\nseed: 1\nlimit: 1\n")
+    config = load_config(ShardConfig, file=str(tmp_path / "c.yaml"), assignments=["images_per_shard=2", "seed=2"],
+                         flags={**NEEDED, "images_per_shard": "3"})
+    assert (config.images_per_shard, config.seed, config.limit) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [\n"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_config(ShardConfig, file=str(tmp_path / "c.yaml"))
+
+
+def test_settings_cannot_be_changed_once_read() -> None:
+    config = load_config(AnnotateConfig, flags={"input": "i", "model": "m", "output": "o"})
+    with pytest.raises(ValueError, match="frozen"):
+        config.batch_size = 4  # type: ignore[misc]
+
+
+def test_the_result_is_the_only_line_on_stdout_and_is_written_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "not-a-picture.txt").write_text("hello")
+    answer = command("shard", "--images", str(tmp_path / "pictures"), "--output", str(tmp_path / "shards"),
+                     "--result", str(tmp_path / "result.json"))
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.splitlines()) == 1
+    result = json.loads(answer.stdout)
+    assert result["counts"]["rows"] == 1
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_a_failed_run_exits_with_1_and_names_what_failed(tmp_path: Path) -> None:
+    answer = command("evaluate", "--keypoints", str(tmp_path / "nothing"), "--annotations", str(tmp_path / "no.json"))
+    assert answer.returncode == 1
+    assert "holds no keypoint dataset" in answer.stderr
+    assert answer.stdout == ""

@@ -1,0 +1,159 @@
+"""Shard datasets without Ray: which picture goes where, one row, one part, reading back, damage."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline import shards, storage
+from pipeline.coco import AnnotatedImage, Person
+from pipeline.errors import DataError
+from pipeline.images import PictureLimits
+from pipeline.storage import StoredObject, join, put_if_absent
+
+PERSON = Person(annotation_id=5, box_xywh=(1.5, 2.0, 3.0, 4.25), area=6.5, iscrowd=False, num_keypoints=1,
+                keypoints=(1.0, 2.0, 2.0, 0.0, 0.0, 0.0))
+
+
+def objects(count: int, size: int = 10) -> list[StoredObject]:
+    return [StoredObject(f"{number:04d}.jpg", "", size, "etag") for number in range(count)]
+
+
+def assign(listed: list[StoredObject], *, seed: int = 0, pictures: int = 50, size: int = 10**9) -> list[list[str]]:
+    groups = shards.assign_shards(listed, seed=seed, max_pictures=pictures, max_bytes=size)
+    return [[found.name for found in group] for group in groups]
+
+
+def png(width: int = 8, height: int = 6) -> bytes:
+    encoded, data = cv2.imencode(".png", np.full((height, width, 3), 127, np.uint8))
+    assert encoded
+    return bytes(data)
+
+
+def row(data: bytes, image: AnnotatedImage | None = None, **planned: Any) -> dict[str, Any]:
+    return shards.shard_row({"key": "a.png", "etag": "e", "size": len(data)} | planned, image, lambda: data,
+                            limits=PictureLimits(), full=False)
+
+
+def test_every_object_has_exactly_one_shard() -> None:
+    names = [name for group in assign(objects(1000)) for name in group]
+    assert sorted(names) == [found.name for found in objects(1000)]
+
+
+def test_shards_are_bounded_by_count_and_by_bytes() -> None:
+    assert max(map(len, assign(objects(1000)))) <= 50
+    assert max(map(len, assign(objects(1000), size=95))) <= 9
+
+
+def test_an_object_above_the_bytes_of_a_shard_is_alone() -> None:
+    groups = assign([*objects(20), StoredObject("huge.tif", "", 10**6, "")], size=1000)
+    assert ["huge.tif"] in groups
+
+
+def test_the_order_of_the_listing_does_not_matter() -> None:
+    assert assign(objects(300)) == assign(objects(300)[::-1])
+
+
+def test_another_seed_gives_other_shards() -> None:
+    assert assign(objects(300)) != assign(objects(300), seed=1)
+
+
+def test_one_more_picture_changes_no_shard_but_its_own() -> None:
+    before = {tuple(group) for group in assign(objects(1000))}
+    after = {tuple(group) for group in assign([*objects(1000), StoredObject("new.jpg", "", 10, "")])}
+    assert len(before - after) == 1  # the shard that it came to, which may have been halved
+
+
+def test_a_row_keeps_the_bytes_as_stored_and_the_annotation_to_the_last_digit() -> None:
+    data = png()
+    image = AnnotatedImage(7, "a.png", 8, 6, (PERSON,))
+    made = row(data, image)
+    assert made["bytes"] == data
+    assert made["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (made["image_id"], made["width"], made["height"], made["reason"]) == (7, 8, 6, None)
+    table = shards.pq.read_table(shards.pa.BufferReader(shards.part_bytes([made])))
+    person = table["persons"].to_pylist()[0][0]
+    assert person["box_xywh"] == [1.5, 2.0, 3.0, 4.25]
+    assert person["keypoints"] == [1.0, 2.0, 2.0, 0.0, 0.0, 0.0]
+
+
+def test_a_picture_that_no_annotation_speaks_of_has_no_persons_column() -> None:
+    assert row(png())["persons"] is None
+    assert row(png(), AnnotatedImage(7, "a.png", 8, 6, ()))["persons"] == []
+
+
+def test_what_is_no_picture_keeps_its_row_with_the_reason_and_without_bytes() -> None:
+    made = row(b"hello, world")
+    assert made["reason"] == "not_a_picture"
+    assert made["bytes"] is None
+    assert made["error"]
+
+
+def test_a_picture_of_another_size_than_its_annotations_say_is_refused() -> None:
+    made = row(png(), AnnotatedImage(7, "a.png", 6, 8, (PERSON,)))
+    assert (made["reason"], made["bytes"]) == ("other_size", None)
+    assert "6x8" in made["error"]
+    assert "8x6" in made["error"]
+
+
+@pytest.mark.parametrize(("error", "reason"), [(storage.ObjectMissing, "missing"), (storage.ObjectChanged, "changed"),
+                                               (storage.ObjectForbidden, "unreadable_object")])
+def test_trouble_with_the_object_becomes_its_reason(error: type[Exception], reason: str) -> None:
+    def read() -> bytes:
+        raise error("a.png: gone")
+
+    made = shards.shard_row({"key": "a.png", "etag": "e", "size": 1}, None, read, limits=PictureLimits(), full=False)
+    assert (made["reason"], made["error"]) == (reason, "a.png: gone")
+
+
+def test_trouble_with_the_store_never_becomes_a_row() -> None:
+    def read() -> bytes:
+        raise storage.StorageError("503 SlowDown")
+
+    with pytest.raises(storage.StorageError, match="SlowDown"):
+        shards.shard_row({"key": "a", "etag": "", "size": 1}, None, read, limits=PictureLimits(), full=False)
+
+
+def test_the_same_rows_give_the_same_bytes() -> None:
+    assert shards.part_bytes([row(png())]) == shards.part_bytes([row(png())])
+
+
+def write_dataset(place: str) -> shards.ShardDataset:
+    data = shards.part_bytes([row(png(), key="a.png"), row(b"", key="b.png")])
+    put_if_absent(join(place, "shards", "part-0000000-12345678.parquet"), data)
+    part = shards.ShardPart("part-0000000-12345678.parquet", hashlib.sha256(data).hexdigest(), {"rows": 2})
+    put_if_absent(join(place, "dataset-000001.json"), shards.dataset_json(
+        [part], version=1, skeleton=None, source={}, counts={"rows": 2}))
+    return shards.open_shards(place)
+
+
+def test_a_dataset_is_opened_at_its_newest_version(place: str) -> None:
+    dataset = write_dataset(place)
+    assert dataset.version == 1
+    table = shards.read_part(dataset, dataset.parts[0])
+    assert table["key"].to_pylist() == ["a.png", "b.png"]
+    assert shards.read_part_columns(dataset, dataset.parts[0], ["key", "size"]).column_names == ["key", "size"]
+
+
+def test_a_flipped_byte_in_a_part_is_found_and_the_part_is_named(tmp_path: Path) -> None:
+    dataset = write_dataset(str(tmp_path))
+    path = tmp_path / "shards" / dataset.parts[0].name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=dataset.parts[0].name):
+        shards.read_part(dataset, dataset.parts[0])
+
+
+def test_a_place_without_a_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no shard dataset"):
+        shards.open_shards(str(tmp_path))
+
+
+def test_a_dataset_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    put_if_absent(str(tmp_path / "dataset-000001.json"), b'{"version": 2}')
+    with pytest.raises(DataError, match="format 2"):
+        shards.open_shards(str(tmp_path))

@@ -1,0 +1,207 @@
+"""What tracking promises: runs that another process can continue, models that come back as they went, no secrets."""
+
+import json
+import logging
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import TrackingConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.tracking import (
+    TrackingError,
+    located,
+    open_run,
+    register_model_directory,
+    registered_version,
+    resolve_model,
+    without_credentials,
+)
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    """One store for the file's tests: creating its tables takes seconds."""
+    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db", experiment="tests")
+
+
+@pytest.fixture
+def client(tracking: TrackingConfig):
+    import mlflow
+
+    return mlflow.MlflowClient(tracking.uri)
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "mspn"
+    directory.mkdir()
+    (directory / "model.json").write_text('{"version": 1}')
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def test_a_run_keeps_what_was_logged(tracking, client):
+    with open_run(tracking, name="train") as run:
+        run.log_params({"seed": 3, "optimiser": {"iterations": 10}})
+        run.log_metrics({"ap": 0.5, "apm": None}, step=7)
+        run.set_tags({"dataset": "v1"})
+        run.log_dataset("people", "s3://user:secret@bucket/shards", digest="d" * 64, context="training")
+        run.log_text("notes/report.txt", "AP 0.5")
+        run.log_json("counts.json", {"pictures": 2})
+
+    kept = client.get_run(run.run_id)
+    assert kept.info.status == "FINISHED"
+    assert kept.info.run_name == "train"
+    assert kept.data.params == {"seed": "3", "optimiser.iterations": "10"}
+    assert kept.data.metrics == {"ap": 0.5}
+    assert client.get_metric_history(run.run_id, "ap")[0].step == 7
+    assert kept.data.tags["dataset"] == "v1"
+    dataset = kept.inputs.dataset_inputs[0].dataset
+    assert (dataset.name, dataset.digest) == ("people", "d" * 36)
+    assert json.loads(dataset.source) == {"uri": "s3://bucket/shards"}
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"notes", "counts.json"}
+
+
+def test_artifacts_lie_beside_the_database(tracking, client):
+    with open_run(tracking, name="pictures") as run:
+        run.log_picture("persons.png", np.full((4, 6, 3), (255, 0, 0), np.uint8))  # blue, as BGR
+
+    folder = Path(tracking.uri.removeprefix("sqlite:///")).parent / "mlruns"
+    from PIL import Image
+
+    picture = Image.open(folder / run.run_id / "artifacts" / "persons.png")
+    assert picture.size == (6, 4)
+    assert picture.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_another_process_continues_a_run_without_ending_it(tracking, client):
+    with open_run(tracking, name="train") as driver:
+        with open_run(tracking, name="worker 0", run_id=driver.run_id) as worker:
+            worker.log_metrics({"loss": 1.0}, step=1)
+        assert client.get_run(driver.run_id).info.status == "RUNNING"
+
+    assert client.get_run(driver.run_id).data.metrics == {"loss": 1.0}
+    assert client.get_run(driver.run_id).info.status == "FINISHED"
+
+
+def test_a_finished_run_takes_metrics_and_stays_finished(tracking, client):
+    with open_run(tracking, name="train") as trained:
+        pass
+    with open_run(tracking, name="evaluate", run_id=trained.run_id) as run:
+        run.log_metrics({"ap": 0.7})
+
+    assert client.get_run(trained.run_id).info.status == "FINISHED"
+    assert client.get_run(trained.run_id).data.metrics == {"ap": 0.7}
+
+
+def test_a_job_that_resumes_ends_its_own_run_and_keeps_its_first_parameters(tracking, client):
+    with pytest.raises(RuntimeError, match="lost"), open_run(tracking, name="train") as first:
+        first.log_params({"workers": 2})
+        raise RuntimeError("the machine was lost")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+
+    with open_run(tracking, name="train", run_id=first.run_id, ends=True) as again:
+        assert client.get_run(first.run_id).info.status == "RUNNING"
+        again.log_params({"workers": 4, "resumed": True})
+
+    kept = client.get_run(first.run_id)
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params == {"workers": "2", "resumed": "True"}
+
+
+def test_system_metrics_are_logged_for_this_machine(tracking, client, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+
+    with open_run(tracking, name="busy", system_metrics=True) as run:
+        deadline = time.monotonic() + 10
+        while not client.get_run(run.run_id).data.metrics and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    assert "system/cpu_utilization_percentage" in client.get_run(run.run_id).data.metrics
+
+
+def test_the_null_run_takes_every_call_and_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with open_run(TrackingConfig(enabled=False), name="train", system_metrics=True) as run:
+        run.log_params({"seed": 1})
+        run.log_metrics({"ap": 1.0}, step=1)
+        run.set_tags({"a": 1})
+        run.log_dataset("d", "/data", digest="0", context="training")
+        run.log_picture("p.png", np.zeros((2, 2, 3), np.uint8))
+        run.log_text("t.txt", "t")
+        run.log_json("j.json", {})
+
+    assert (run.run_id, run.url) == (None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_logged_is_a_warning_and_the_job_goes_on(tracking, client, caplog):
+    with caplog.at_level(logging.WARNING), open_run(tracking, name="train") as run:
+        run.log_metrics({"not/a?name": 1.0})
+        run.log_metrics({"ap": 1.0})
+
+    assert "not logged (metrics)" in caplog.text
+    assert client.get_run(run.run_id).data.metrics == {"ap": 1.0}
+
+
+def test_an_unknown_run_is_refused(tracking):
+    with pytest.raises(TrackingError, match="0123abcd"), open_run(tracking, name="train", run_id="0123abcd"):
+        pass
+
+
+def test_a_silent_server_is_named_without_its_password_within_seconds(monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    uri = f"http://ann:s3cret@127.0.0.1:{port}"
+    began = time.monotonic()
+
+    with pytest.raises(TrackingError) as error, open_run(TrackingConfig(uri=uri), name="train"):
+        pass
+
+    assert time.monotonic() - began < 30
+    assert f"http://127.0.0.1:{port}" in str(error.value)
+    assert "tracking.enabled=false" in str(error.value)
+    assert "s3cret" not in str(error.value)
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("postgresql://ann:pw@db:5432/mlflow?sslpassword=x", "postgresql://db:5432/mlflow"),
+    ("no connection to https://token@host/mlflow, sorry", "no connection to https://host/mlflow, sorry"),
+    ("sqlite:////tmp/mlflow.db", "sqlite:////tmp/mlflow.db"),
+])  # fmt: skip
+def test_credentials_are_taken_out_of_every_address(text, shown):
+    assert without_credentials(text) == shown
+
+
+def test_the_default_place_is_an_absolute_file_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert located(TrackingConfig()).uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert located(TrackingConfig()).uri == "http://tracking:5000"
+    assert located(TrackingConfig(uri="sqlite:///mine.db")).uri == f"sqlite:///{tmp_path}/mine.db"
+
+
+def test_looking_up_a_model_while_tracking_is_off_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="tracking is off"):
+        resolve_model("models:/mspn@champion", tracking=TrackingConfig(enabled=False), into=tmp_path)
+
+
+@pytest.mark.parametrize("reference", ["models:/mspn", "models:/mspn@", "models:/a/b/c"])
+def test_a_misspelt_reference_is_refused_with_the_right_forms(reference, tracking):
+    with pytest.raises(ConfigError, match="models:/name@alias"):
+        registered_version(reference, tracking=tracking)
+
+
+def test_a_folder_without_a_model_is_not_registered(tracking, tmp_path):
+    with pytest.raises(DataError, match=r"no model\.json"):
+        register_model_directory(tmp_path, "mspn", tracking=tracking)
