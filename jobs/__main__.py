@@ -93,17 +93,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jobs", description="Human-pose annotation as a batch system: shard, train, annotate, evaluate.",
+        prog="python -m jobs", description="Human-pose annotation as a batch system.",
         epilog="Each job: python -m jobs <job> --help.")
     jobs = parser.add_subparsers(dest="job", metavar="<job>", required=True)
     for name, job in JOBS.items():
         one = jobs.add_parser(name, help=job.summary, description=f"{name}: {job.summary}.",
                               formatter_class=argparse.RawDescriptionHelpFormatter,
-                              epilog="settings (--set name=value, or in the --config file):\n" + _defaults(job.settings))
+                              epilog="settings (--set name=value, or in --config):\n" + _defaults(job.settings))
         for flag, text in job.flags.items():
             one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"))
         one.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
-        one.add_argument("--set", action="append", default=[], metavar="a.b=value", help="one setting; may be repeated")
+        one.add_argument("--set", action="append", default=[], metavar="a.b=value", help="one setting; repeatable")
         one.add_argument("--result", metavar="URI", help="write the result there too, as JSON")
     return parser
 

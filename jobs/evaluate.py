@@ -17,7 +17,7 @@ logger = logging.getLogger("jobs.evaluate")
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate the keypoints; gives the numbers, each joint's, what was counted, and the run that keeps them."""
+    """Evaluate the keypoints; gives the numbers, what they were measured on, and the run that keeps them."""
     config = locations(config, "keypoints", "annotations")
     truth, digest = _read_annotations(config.annotations)
     table, metadata = read_keypoints(config.keypoints)
@@ -26,9 +26,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         evaluation = evaluate_keypoints(table, truth, skeleton=metadata.skeleton)
         print(format_evaluation(evaluation), file=sys.stderr)
         tracked.log_dataset("annotations", config.annotations, digest=digest, context="evaluation")
-        # its own names: a training run has an `ap` of its validation in the loop
-        tracked.log_metrics({f"evaluate/{name}": value for name, value in evaluation_metrics(evaluation).items()})
-    return _result(evaluation) | {"keypoints": config.keypoints, "model": metadata.model, "run_id": tracked.run_id}
+        # under names of their own: a training run has an `ap` of its validation in the loop
+        metrics = evaluation_metrics(evaluation)
+        tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()})
+    about = {"keypoints": config.keypoints, "model": metadata.model, "run_id": tracked.run_id}
+    return _result(evaluation) | about
 
 
 def _read_annotations(uri: str) -> tuple[dict[str, Any], str]:

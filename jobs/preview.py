@@ -1,6 +1,7 @@
 """Keypoint dataset -> one HTML page and a contact sheet: choose pictures, fetch them, draw, write."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +67,13 @@ def _drawn(cards: dict[str, tuple[preview.Card, ...]], config: PreviewConfig) ->
     every = [card for section in cards.values() for card in section]
     images = [card.image_bgr for card in every if card.image_bgr is not None]
     if every and not images:
-        raise DataError(f"none of {len(every)} pictures could be read, the first because: {every[0].note} "
-                        "Give --images, the place where the pictures are now.")
+        raise DataError(f"none of {len(every)} pictures could be read. The first: {every[0].note} "
+                        "Give --images, the place where they are now.")
     return images
 
 
-def _page(table: pa.Table, metadata: KeypointMetadata, cards: dict[str, tuple[preview.Card, ...]]) -> preview.Page:
+def _page(table: pa.Table, metadata: KeypointMetadata,
+          cards: dict[str, tuple[preview.Card, ...]]) -> preview.Page:
     return preview.Page(
         model=metadata.model,
         counts=metadata.counts,
@@ -102,11 +104,12 @@ def _card(choice: preview.Choice, table: pa.Table, skeleton: Skeleton, read: Pic
 
 def _decoded(data: bytes, sha256: str | None) -> preview.Image:
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise PictureRefused("changed", "the picture is no longer the one that was annotated (its SHA-256 differs)")
+        raise PictureRefused("changed", "the picture isn't the one that was annotated: its SHA-256 differs.")
     return decode_picture(data, PictureLimits())
 
 
-def _picture_reader(config: PreviewConfig, metadata: KeypointMetadata, keys: Collection[str]) -> PictureReader:
+def _picture_reader(config: PreviewConfig, metadata: KeypointMetadata,
+                    keys: Collection[str]) -> PictureReader:
     """How to get a picture's bytes by its key: from the dataset's own input, or from --images."""
     source = describe_input(config.images) if config.images else metadata.json["input"]
     if source["kind"] == SHARDS:
@@ -120,11 +123,12 @@ def _picture_reader(config: PreviewConfig, metadata: KeypointMetadata, keys: Col
 def _found(found: dict[str, bytes | None], key: str, uri: str) -> bytes:
     data = found.get(key)
     if data is None:
-        raise PictureRefused("missing", f"the shard dataset {uri} has no bytes of this picture")
+        raise PictureRefused("missing", f"the shard dataset {uri} has no bytes of this picture.")
     return data
 
 
-def _sharded_pictures(dataset: shards.ShardDataset, keys: Collection[str]) -> Iterator[tuple[str, bytes | None]]:
+def _sharded_pictures(dataset: shards.ShardDataset,
+                      keys: Collection[str]) -> Iterator[tuple[str, bytes | None]]:
     """Key and bytes of the wanted pictures; of the other shards only the keys are read."""
     wanted = pa.array(sorted(keys), pa.string())
 
@@ -133,8 +137,8 @@ def _sharded_pictures(dataset: shards.ShardDataset, keys: Collection[str]) -> It
         return bool(pc.any(pc.is_in(listed["key"], wanted)).as_py())
 
     with ThreadPoolExecutor(NUM_LISTING_THREADS) as threads:
-        holding = [part for part, has in zip(dataset.parts, threads.map(holds, dataset.parts), strict=True) if has]
-    for part in holding:
+        held = list(threads.map(holds, dataset.parts))
+    for part in itertools.compress(dataset.parts, held):
         rows = shards.read_part_columns(dataset, part, ["key", "bytes"])
         for row in rows.filter(pc.is_in(rows["key"], wanted)).to_pylist():
             yield row["key"], row["bytes"]

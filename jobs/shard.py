@@ -156,7 +156,8 @@ def _seal(output: str, job: FrozenJob, annotations: Annotations | None, annotati
              for name, count in zip(names, counts, strict=True)]
     total = total_counts(counts)
     if total["rows"] != job.plan["pictures"]:
-        raise DataError(f"{output}: {job.plan['pictures']} objects were planned, but the parts have {total['rows']} rows.")
+        raise DataError(f"{output}: {job.plan['pictures']} objects were planned, but the parts have "
+                        f"{total['rows']} rows.")
     skeleton: Skeleton | None = annotations.skeleton if annotations else None
     source = {**job.input, "annotations_sha256": annotations_sha256, "plan": job.plan, "job": job.digest,
               "annotation_counts": annotations.counts if annotations else None}

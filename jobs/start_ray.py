@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 logger = logging.getLogger("jobs.ray")
@@ -29,6 +30,9 @@ def start_ray() -> Iterator[None]:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), log_to_driver=True,
                  logging_level=logging.WARNING)
         logger.info("started a local Ray: %s", _resources())
+    # its own account of plans and operators is for who develops it; ours says what is done
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # the only way to bound an actor's restarts
     try:
         yield
     finally:

@@ -95,8 +95,8 @@ def _open(task: PictureToAnnotate, predictor: Predictor,
     boxes = usable_boxes(given, width, height)
     refused = len(given.ids) - len(boxes.ids)
     if refused and not len(boxes.ids):
-        error = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
-        return AnnotatedPicture(picture, REJECTED, "bad_boxes", error, boxes_refused=refused), None
+        found = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
+        return AnnotatedPicture(picture, REJECTED, "bad_boxes", found, boxes_refused=refused), None
     if not len(boxes.ids):
         return AnnotatedPicture(picture, NO_PERSON), None
     persons = predictor.crop_persons(image_bgr, boxes.xywh)

@@ -202,7 +202,8 @@ def _freeze_detections(uri: str, output: str, *, min_score: float, max_persons: 
     try:
         data = storage.read_object(uri)
     except storage.ObjectMissing:
-        raise ConfigError(f"--boxes {uri}: neither annotated, whole-image, nor a detections JSON that is there.") from None
+        raise ConfigError(f"--boxes {uri}: neither annotated, nor whole-image, nor a detections JSON "
+                          "that is there.") from None
     rows = [{"image_id": image_id, "box_id": one.index, "xywh": list(one.box_xywh), "score": one.score}
             for image_id, detections in sorted(parse_detections(data, source=uri).items()) for one in detections]
     sink = pa.BufferOutputStream()

@@ -80,9 +80,7 @@ def parse_annotations(data: bytes, *, source: str) -> Annotations:
     """
     document = _load(data, source)
     if not isinstance(document, dict):
-        _refuse(
-            source, f"is a JSON {type(document).__name__}, not an object", "A results list? Use it as boxes."
-        )
+        _refuse(source, f"is a JSON {type(document).__name__}, not an object", "A results list? Use it as boxes.")
     category = _keypoint_category(_entries(document, "categories", source), source)
     skeleton = _skeleton(category, source)
     counts = dict.fromkeys(FATES, 0)
@@ -125,9 +123,7 @@ def coco_json(images: Iterable[AnnotatedImage], skeleton: Skeleton) -> dict[str,
     return {
         "images": [_image_json(image) for image in images],
         "annotations": [
-            _person_json(person, image.image_id, skeleton.num_joints)
-            for image in images
-            for person in image.persons
+            _person_json(person, image.image_id, skeleton.num_joints) for image in images for person in image.persons
         ],
         "categories": [
             {
@@ -172,9 +168,7 @@ def _load(data: bytes, source: str) -> Any:
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{source}: not JSON: {error}. Expected a COCO file; {len(data)} bytes were read."
-        ) from None
+        raise DataError(f"{source}: not JSON: {error}. Expected a COCO file; {len(data)} bytes were read.") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -409,4 +403,4 @@ def _person_json(person: Person, image_id: int, num_joints: int) -> dict[str, An
 
 def _short(value: float) -> float | int:
     """The same number, as an integer where it is one: as COCO's own files have it, and shorter."""
-    return int(value) if value.is_integer() else value
+    return int(value) if float(value).is_integer() else value

@@ -86,7 +86,7 @@ class OptimiserConfig(Settings):
 
 
 class LossConfig(Settings):
-    """What is supervised. `occluded: suppress` is the authors' (occluded joints are driven to zero on the coarse heads)."""
+    """What is supervised. `occluded: suppress` is the authors': occluded joints are driven to zero on coarse heads."""
 
     ohkm_joints: int = Field(8, ge=1)
     occluded: Literal["suppress", "supervise"] = "suppress"

@@ -1,4 +1,4 @@
-"""The two errors that a user can mend. What is our own mistake is an `assert`; what is the store's, a `StorageError`."""
+"""The two errors that a user can mend. Our own mistake is an `assert`; trouble with the store, a `StorageError`."""
 
 
 class ConfigError(ValueError):

@@ -63,7 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Truth:
-    """The keypoint category of a COCO file, each array with one row for each annotation, ordered by id."""
+    """The keypoint category of a COCO file, each array with one row for each annotation, in its order."""
 
     image_ids: frozenset[int]
     ids: npt.NDArray[np.int64]
@@ -166,7 +166,6 @@ def _counts(table: pa.Table, truth: _Truth, evaluated: frozenset[int], persons: 
 def _read_truth(truth: Mapping[str, Any], skeleton: Skeleton) -> _Truth:
     category = _keypoint_category(truth, skeleton)
     own = [entry for entry in truth["annotations"] if entry.get("category_id") == category]
-    own.sort(key=lambda entry: int(entry["id"]))
     num_joints = skeleton.num_joints
     try:
         return _Truth(
@@ -240,10 +239,13 @@ def _coco_index(image_ids: frozenset[int], annotations: list[dict[str, Any]]) ->
 
 
 def _truth_entries(truth: _Truth) -> list[dict[str, Any]]:
-    """Annotations as COCOeval reads them: our own, since it writes into them."""
+    """Annotations as COCOeval reads them: our own, since it writes into them.
+
+    Numbered from 1, since it takes an annotation of id 0 for one that was never found.
+    """
     labelled = (truth.keypoints[..., 2] > 0).sum(axis=1)
     return [
-        {"id": int(truth.ids[entry]), "image_id": int(truth.annotation_images[entry]),
+        {"id": entry + 1, "image_id": int(truth.annotation_images[entry]),
          "category_id": PERSON_CATEGORY, "bbox": truth.boxes_xywh[entry].tolist(),
          "area": float(truth.areas[entry]), "iscrowd": int(truth.crowds[entry]),
          "num_keypoints": int(labelled[entry]), "keypoints": truth.keypoints[entry].ravel().tolist()}
@@ -263,7 +265,8 @@ def _match_by_box(persons: pa.Table, truth: _Truth) -> tuple[npt.NDArray[np.int6
     boxes = np.stack([np.asarray(persons[f"box_{side}"].to_numpy(), np.float64) for side in "xywh"], axis=1)
     if not len(truth.ids):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    nearest = np.minimum(np.searchsorted(truth.ids, box_ids), len(truth.ids) - 1)
+    by_id = np.argsort(truth.ids, kind="stable")
+    nearest = by_id[np.minimum(np.searchsorted(truth.ids[by_id], box_ids), len(truth.ids) - 1)]
     same = truth.ids[nearest] == box_ids
     same &= truth.annotation_images[nearest] == persons["image_id"].to_numpy()
     same &= (np.abs(truth.boxes_xywh[nearest] - boxes) <= SAME_BOX_PX).all(axis=1)

@@ -43,7 +43,7 @@ REASONS: dict[str, tuple[str, bool]] = {
 }
 
 
-class PictureRefused(ValueError):  # noqa: N818 - a fate of a picture, and named as such
+class PictureRefused(ValueError):
     """A picture that can't be taken; `reason` is a key of REASONS, the message says what was found."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -171,9 +171,7 @@ def _decode_avif(data: bytes) -> Pixels:
         with Image.open(io.BytesIO(data), formats=["AVIF"]) as picture:
             rgb = np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-        raise PictureRefused(
-            "corrupt", f"AVIF of {len(data)} bytes: the decoder refuses it ({error})"
-        ) from None
+        raise PictureRefused("corrupt", f"AVIF of {len(data)} bytes: the decoder refuses it ({error})") from None
     return np.ascontiguousarray(rgb[..., ::-1])
 
 

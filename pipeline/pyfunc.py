@@ -28,9 +28,9 @@ class PoseModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined,un
 
         model_input  `picture`: an image file's bytes; `boxes` (optional): list of [x, y, w, h] in picture
                      pixels, None or absent: the whole picture is one person's box; []: no person
-        Returns      picture_index (row of the input), person_index, box_x, box_y, box_w, box_h, score (mean of
-                     the joints' scores), then <joint>_x, <joint>_y (picture pixels after EXIF orientation)
-                     and <joint>_score for each joint
+        Returns      picture_index (row of the input), person_index, box_x, box_y, box_w, box_h, score (mean
+                     of the joints' scores), then <joint>_x, <joint>_y (picture pixels after EXIF
+                     orientation) and <joint>_score for each joint
         A picture that can't be decoded is a PictureRefused, which names the reason.
         """
         boxes = model_input["boxes"] if "boxes" in model_input else [None] * len(model_input)

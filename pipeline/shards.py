@@ -66,7 +66,8 @@ def _name_hash(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest(), "big")
 
 
-def _halve(hashed: list[tuple[int, Any]], bit: int, max_pictures: int, max_bytes: int) -> Iterator[list[tuple[int, Any]]]:
+def _halve(hashed: list[tuple[int, Any]], bit: int, max_pictures: int,
+           max_bytes: int) -> Iterator[list[tuple[int, Any]]]:
     if len(hashed) <= max_pictures and (len(hashed) <= 1 or sum(found.size for _, found in hashed) <= max_bytes):
         yield hashed
         return
@@ -219,14 +220,19 @@ def read_part(dataset: ShardDataset, part: ShardPart, columns: Sequence[str] | N
     if found != part.sha256:
         raise DataError(f"{uri} is damaged: its SHA-256 is {found[:16]}..., but {version_name(dataset.version)} says "
                         f"{part.sha256[:16]}.... Restore the object, or shard again.")
-    return _live(dataset, part, pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns)))
+    table = pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
+    return _live(dataset, part, table)
 
 
 def read_part_columns(dataset: ShardDataset, part: ShardPart, columns: Sequence[str]) -> pa.Table:
     """Some columns of one shard's live rows (`key` among them), without reading the pictures and so unchecked."""
-    filesystem, path = storage.arrow_filesystem(storage.join(dataset.uri, FOLDER, part.name))
-    with filesystem.open_input_file(path) as file:
-        return _live(dataset, part, pq.ParquetFile(file).read(list(columns)))
+    uri = storage.join(dataset.uri, FOLDER, part.name)
+    filesystem, path = storage.arrow_filesystem(uri)
+    try:
+        with filesystem.open_input_file(path) as file:
+            return _live(dataset, part, pq.ParquetFile(file).read(list(columns)))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri} can't be read ({error}). Restore the object, or shard again.") from None
 
 
 def _live(dataset: ShardDataset, part: ShardPart, table: pa.Table) -> pa.Table:

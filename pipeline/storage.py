@@ -63,7 +63,8 @@ ABOUT_THE_OBJECT = (ObjectMissing, ObjectChanged, ObjectForbidden)
 
 def reason_of(error: Exception) -> str:
     """The reason that a refused picture's row gives, for an error about the object or a refusal with its own reason."""
-    named = {ObjectMissing: "missing", ObjectChanged: "changed", ObjectForbidden: "unreadable_object"}
+    named: dict[type[Exception], str] = {
+        ObjectMissing: "missing", ObjectChanged: "changed", ObjectForbidden: "unreadable_object"}
     return named.get(type(error)) or str(getattr(error, "reason"))  # noqa: B009
 
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,11 +329,14 @@ def _log_pyfunc(directory: Path, name: str, *, tracking: TrackingConfig, run_id:
     package = Path(__file__).resolve().parent
     mlflow.set_tracking_uri(str(tracking.uri))
     mlflow.set_experiment(experiment_id=mlflow.get_run(run_id).info.experiment_id)
-    info = Model.log(
-        artifact_path=None, name=MODEL_ARTIFACT, flavor=mlflow.pyfunc, run_id=run_id,
-        registered_model_name=name, python_model=str(package / "pyfunc.py"), code_paths=[str(package)],
-        artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(), pip_requirements=_requirements(),
-    )
+    with warnings.catch_warnings():
+        # the signature is given, so that no example is needed to infer one
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        info = Model.log(
+            artifact_path=None, name=MODEL_ARTIFACT, flavor=mlflow.pyfunc, run_id=run_id,
+            registered_model_name=name, python_model=str(package / "pyfunc.py"), code_paths=[str(package)],
+            artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(), pip_requirements=_requirements(),
+        )
     return str(info.registered_model_version)
 
 
@@ -356,7 +360,7 @@ def _requirements() -> list[str]:
 
 
 def knows_run(run_id: str, *, tracking: TrackingConfig) -> bool:
-    """Whether MLflow has this run; False where tracking is off. TrackingError where MLflow can't be reached."""
+    """Whether MLflow has this run; False where tracking is off. TrackingError if MLflow can't be reached."""
     if not tracking.enabled:
         return False
     tracking = located(tracking)

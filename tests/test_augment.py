@@ -195,9 +195,7 @@ def test_joints_on_one_point_make_no_half() -> None:
     assert half(joints, prefer_upper=True) is None
 
 
-@pytest.mark.parametrize(
-    ("rotate", "angle", "expected"), [(0.5, 0.9, 0), (0.49, 0.0, -45), (0.49, 0.75, 22.5)]
-)
+@pytest.mark.parametrize(("rotate", "angle", "expected"), [(0.5, 0.9, 0), (0.49, 0.0, -45), (0.49, 0.75, 22.5)])
 def test_the_angle_follows_from_its_two_draws(rotate: float, angle: float, expected: float) -> None:
     assert rotation(AUTHORS, replace(MIDDLE, rotate=rotate, angle=angle)) == expected
 
@@ -222,9 +220,7 @@ def test_mirroring_in_the_matrix_is_mirroring_the_picture() -> None:
     region = region_for_box((60.0, 40.0, 90.0, 150.0), SIZE, padding_wh=PADDING)
     matrix = augmented_matrix(region, PICTURE.shape[1], SIZE, rotation_deg=17.0, flipped=True)
     mirrored = Region(np.array([PICTURE.shape[1] - 1, 0]) + region.center_xy * [-1, 1], region.size_wh)
-    expected = crop_person(
-        np.ascontiguousarray(PICTURE[:, ::-1]), crop_matrix(mirrored, SIZE, rotation_deg=17.0), SIZE
-    )
+    expected = crop_person(np.ascontiguousarray(PICTURE[:, ::-1]), crop_matrix(mirrored, SIZE, rotation_deg=17.0), SIZE)
     difference = np.abs(crop_person(PICTURE, matrix, SIZE).astype(int) - expected)
     assert difference.max() <= 1  # rounding of equal numbers
     assert (difference == 0).mean() > 0.99

@@ -41,9 +41,7 @@ CATEGORY = {"id": 1, "name": "person", "keypoints": ["nose", "tail"], "skeleton"
 
 
 def document(**changes: Any) -> bytes:
-    return json.dumps(
-        {"images": [image()], "annotations": [person()], "categories": [CATEGORY], **changes}
-    ).encode()
+    return json.dumps({"images": [image()], "annotations": [person()], "categories": [CATEGORY], **changes}).encode()
 
 
 def counted(**changes: Any) -> dict[str, int]:
@@ -74,9 +72,7 @@ def test_ids_beyond_float_precision_stay_exact() -> None:
 def test_crowds_stay_and_are_counted() -> None:
     crowd = person(iscrowd=1, segmentation={"counts": [1], "size": [1, 1]})
     assert counted(annotations=[crowd]) == {"crowds": 1}
-    assert (
-        parse_annotations(document(annotations=[crowd]), source="a.json").images["1.jpg"].persons[0].iscrowd
-    )
+    assert parse_annotations(document(annotations=[crowd]), source="a.json").images["1.jpg"].persons[0].iscrowd
 
 
 @pytest.mark.parametrize("keypoints", [..., None, [], [0, 0, 0, 0, 0, 0]])
@@ -185,9 +181,7 @@ def test_a_picture_without_annotations_is_there_with_no_persons() -> None:
         ({"categories": [{**CATEGORY, "keypoints": ["nose", 3]}]}, r"names, but is \['nose', 3\]"),
     ],
 )
-def test_what_is_not_coco_is_refused_with_source_entry_and_flaw(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_what_is_not_coco_is_refused_with_source_entry_and_flaw(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"^s3://b/a.json: .*{message}"):
         parse_annotations(document(**changes), source="s3://b/a.json")
 

@@ -30,7 +30,8 @@ def test_help_answers_within_a_second() -> None:
 
 def test_bad_usage_imports_nothing_heavy() -> None:
     code = ("import sys; from jobs.__main__ import main; code = main(['shard', '--set', 'imgs=x']); "
-            "heavy = {'ray', 'torch', 'mlflow', 'cv2', 'boto3', 'pyarrow'} & set(sys.modules); sys.exit(code if not heavy else 99)")
+            "heavy = {'ray', 'torch', 'mlflow', 'cv2', 'boto3', 'pyarrow'} & set(sys.modules); "
+            "sys.exit(99 if heavy else code)")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 2
 
 

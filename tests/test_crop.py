@@ -79,9 +79,7 @@ def test_a_crop_of_the_pictures_own_size_is_the_picture() -> None:
 
 def test_what_is_outside_of_the_picture_is_black() -> None:
     white = np.full((100, 100, 3), 255, dtype=np.uint8)
-    region = region_for_box(
-        (-75, 0, 75, 100), SIZE, padding_wh=(1.0, 1.0)
-    )  # all but its right edge is outside
+    region = region_for_box((-75, 0, 75, 100), SIZE, padding_wh=(1.0, 1.0))  # all but its right edge is outside
     crop = crop_person(white, crop_matrix(region, SIZE), SIZE)
     assert crop.shape == (256, 192, 3)
     assert crop[:, :188].max() == 0
@@ -99,9 +97,7 @@ def test_a_picture_wider_than_sixteen_bits_is_cropped_at_its_far_end() -> None:
     ("size", "expected"),
     [((30.0, 40.0), (30.0, 40.0)), ((60.0, 40.0), (60.0, 80.0)), ((30.0, 80.0), (60.0, 80.0))],
 )
-def test_the_shorter_side_grows_until_the_aspect_fits(
-    size: tuple[float, float], expected: tuple[float, float]
-) -> None:
+def test_the_shorter_side_grows_until_the_aspect_fits(size: tuple[float, float], expected: tuple[float, float]) -> None:
     np.testing.assert_allclose(fit_aspect(np.array(size), SIZE), expected)
 
 
@@ -124,9 +120,7 @@ def test_joints_come_back_from_the_crop() -> None:
     np.testing.assert_allclose(joints_to_image(in_crops, centers, sizes, SIZE), joints, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "box", [(0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)]
-)
+@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)])
 def test_a_box_without_extent_is_refused(box: tuple[float, float, float, float]) -> None:
     with pytest.raises(DataError, match="no positive finite extent"):
         region_for_box(box, SIZE, padding_wh=AUTHORS_PADDING)

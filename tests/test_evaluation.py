@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import DataError
+from jobs.evaluate import run
+from pipeline.config import EvaluateConfig
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import COCO_NUMBERS, evaluate_keypoints, evaluation_metrics, format_evaluation
 from pipeline.export import coco_results
 from pipeline.pose.skeleton import COCO17, Skeleton
@@ -27,11 +29,12 @@ TORSO3 = Skeleton(
 
 
 def keypoint_rows(persons: list[dict[str, Any]], skeleton: Skeleton) -> pa.Table:
-    """Keypoint rows from dicts of column values and `keypoints`, [x, y, score] * K; what isn't given is NULL."""
+    """Keypoint rows from dicts of columns and `keypoints`, [x, y, score] * K; what isn't given is NULL."""
     rows = []
     for person in persons:
         row = {"key": f"{person.get('image_id')}.jpg", "status": "ok"} | person
-        for joint, point in zip(skeleton.columns(), np.reshape(row.pop("keypoints", []), (-1, 3)), strict=False):
+        points = np.reshape(row.pop("keypoints", []), (-1, 3))
+        for joint, point in zip(skeleton.columns(), points, strict=False):
             row |= {f"{joint}_{part}": value for part, value in zip(("x", "y", "score"), point, strict=True)}
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=keypoint_schema(skeleton))
@@ -66,7 +69,8 @@ LABELLED = [0.0, 0.0, 2.0, 30.0, 40.0, 1.0, 100.0, 100.0, 2.0]
 
 @pytest.fixture
 def golden() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return json.loads((GOLDEN / "coco_gt.json").read_text()), json.loads((GOLDEN / "coco_results.json").read_text())
+    truth, results = ((GOLDEN / f"coco_{name}.json").read_text() for name in ("gt", "results"))
+    return json.loads(truth), json.loads(results)
 
 
 def test_the_ten_numbers_are_those_of_the_reference_evaluation(golden):
@@ -80,7 +84,7 @@ def test_the_ten_numbers_are_those_of_the_reference_evaluation(golden):
 
 
 def test_rows_keep_the_authors_order_and_scores(golden):
-    truth, results = golden
+    _, results = golden
     shuffled = [results[i] for i in np.random.default_rng(0).permutation(len(results))]
 
     ours = coco_results(result_rows(shuffled, []), skeleton=COCO17)
@@ -112,7 +116,7 @@ def test_a_size_that_no_annotated_person_has_gives_none():
 
 
 def test_the_skeletons_own_sigmas_decide():
-    # 10 px off at area 20000: OKS = exp(-100 / (2 * (2 sigma)^2 * 20000)); sigma .026 gives .40, sigma 1 gives 1.00
+    # 10 px off at area 20000: OKS = exp(-100 / (2 * (2 sigma)^2 * 20000)); sigma .026: .40, sigma 1: 1.00
     truth = truth_of(annotation(7, 1, [0, 0, 0, 0, 0, 0, 100.0, 100.0, 2], num_keypoints=1))
     table = keypoint_rows([person([0, 0, 1, 0, 0, 1, 110.0, 100.0, 1])], TORSO3)
     lenient = Skeleton(**{**vars(TORSO3), "sigmas": (1.0, 1.0, 1.0)})
@@ -193,6 +197,22 @@ def test_boxes_that_are_not_annotated_ones_give_no_pck_even_if_an_index_is_an_an
     assert evaluation.coco["AP"] == pytest.approx(1.0)
 
 
+def test_an_annotation_with_id_0_counts_as_any_other():
+    table = keypoint_rows([person(LABELLED, box_id=0)], TORSO3)
+
+    evaluation = evaluate_keypoints(table, truth_of(annotation(0, 1, LABELLED)), skeleton=TORSO3)
+
+    assert evaluation.coco["AP"] == pytest.approx(1.0)
+
+
+def test_the_order_of_the_annotations_does_not_matter(golden):
+    truth, results = golden
+    table = result_rows(results, [image["id"] for image in truth["images"]])
+    backwards = truth | {"annotations": truth["annotations"][::-1]}
+
+    assert evaluate_keypoints(table, backwards, skeleton=COCO17) == evaluate_keypoints(table, truth, skeleton=COCO17)
+
+
 def test_the_truth_is_not_modified(golden):
     truth, results = golden
     before = copy.deepcopy(truth)
@@ -209,7 +229,7 @@ def test_annotations_for_other_joints_are_refused_with_both_lists():
 
 
 def test_a_table_with_none_of_the_annotated_pictures_is_refused():
-    with pytest.raises(DataError, match="none of the 1 annotated pictures.*1 of 1 rows have none"):
+    with pytest.raises(DataError, match=r"none of the 1 annotated pictures.*1 of 1 rows have none"):
         evaluate_keypoints(keypoint_rows([person(LABELLED, image_id=None)], TORSO3),
                            truth_of(annotation(7, 1, LABELLED)), skeleton=TORSO3)
 
@@ -233,3 +253,43 @@ def test_the_text_shows_every_joint_and_why_there_is_no_pck():
     assert "APM  -" in text
     assert "PCK@0.2 -  (no row's box is an annotated one" in text
     assert all(joint in text for joint in TORSO3.joints)
+
+
+# --- the job ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> dict[str, str]:
+    """A keypoint dataset with one person, 0.5 px off at most, and its annotations."""
+    from tests.test_export import POINTS, picture, write_keypoints
+
+    keys = write_keypoints(tmp_path / "keypoints", [picture("a.jpg", 1, scores=(1.0,))])
+    labelled = [value if index % 3 < 2 else 2 for index, value in enumerate(POINTS)]
+    truth = truth_of(annotation(0, 1, labelled, bbox=[0.0, 0.0, 20.0, 10.0]))
+    (tmp_path / "annotations.json").write_text(json.dumps(truth))
+    return {"keypoints": keys, "annotations": str(tmp_path / "annotations.json")}
+
+
+def test_the_job_gives_the_numbers_and_prints_them_on_stderr(world, capsys):
+    result = run(EvaluateConfig(**world, tracking={"enabled": False}))
+
+    assert result["ap"] == pytest.approx(1.0)
+    assert result["apm"] is None
+    assert result["pck"] == 1.0
+    assert result["run_id"] is None
+    assert json.loads(json.dumps(result)) == result
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "AP    1.000" in printed.err
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "not JSON"), ("[]", "expected a COCO keypoint file")])
+def test_annotations_that_are_no_coco_file_are_refused_by_name(world, content, says):
+    Path(world["annotations"]).write_text(content)
+    with pytest.raises(DataError, match=says):
+        run(EvaluateConfig(**world, tracking={"enabled": False}))
+
+
+def test_annotations_that_are_not_there_are_refused(world):
+    with pytest.raises(ConfigError, match=r"gone\.json"):
+        run(EvaluateConfig(**world | {"annotations": "/gone.json"}, tracking={"enabled": False}))

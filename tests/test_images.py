@@ -182,9 +182,7 @@ def test_an_empty_object_is_refused_as_empty() -> None:
     assert reason_of(b"") == "empty"
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff" * 4096, b"<html>404</html>", b"\0", b"{}", b"RIFF\0\0\0\0WAVE", b"GIF"]
-)
+@pytest.mark.parametrize("data", [b"\xff" * 4096, b"<html>404</html>", b"\0", b"{}", b"RIFF\0\0\0\0WAVE", b"GIF"])
 def test_what_begins_like_no_picture_is_refused_as_such(data: bytes) -> None:
     assert reason_of(data) == "not_a_picture"
 

@@ -148,6 +148,13 @@ def test_a_flipped_byte_in_a_part_is_found_and_the_part_is_named(tmp_path: Path)
         shards.read_part(dataset, dataset.parts[0])
 
 
+def test_a_part_whose_columns_cannot_be_read_is_named(tmp_path: Path) -> None:
+    dataset = write_dataset(str(tmp_path))
+    (tmp_path / "shards" / dataset.parts[0].name).write_bytes(b"no Parquet")
+    with pytest.raises(DataError, match=dataset.parts[0].name):
+        shards.read_part_columns(dataset, dataset.parts[0], ["key"])
+
+
 def test_a_place_without_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no shard dataset"):
         shards.open_shards(str(tmp_path))

@@ -1,18 +1,28 @@
-"""What tracking promises: runs that another process can continue, models that come back as they went, no secrets."""
+"""What tracking promises: runs that others can continue, models that come back as they went, no secrets."""
 
+import contextlib
 import json
 import logging
 import socket
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
-from pipeline.config import TrackingConfig
+from jobs import evaluate
+from pipeline.config import EvaluateConfig, TrackingConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.model.directory import ModelSpec, save_model
+from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.pose.skeleton import COCO17
+from pipeline.prediction import Predictor
 from pipeline.tracking import (
     TrackingError,
+    knows_run,
     located,
     open_run,
     register_model_directory,
@@ -20,12 +30,14 @@ from pipeline.tracking import (
     resolve_model,
     without_credentials,
 )
+from tests.test_evaluation import world  # noqa: F401 - a fixture: one dataset and its annotations
 
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
     """One store for the file's tests: creating its tables takes seconds."""
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db", experiment="tests")
+    folder = tmp_path_factory.mktemp("tracking")
+    return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="tests")
 
 
 @pytest.fixture
@@ -35,13 +47,20 @@ def client(tracking: TrackingConfig):
     return mlflow.MlflowClient(tracking.uri)
 
 
-@pytest.fixture
-def model_directory(tmp_path: Path) -> Path:
-    directory = tmp_path / "mspn"
-    directory.mkdir()
-    (directory / "model.json").write_text('{"version": 1}')
-    (directory / "model.safetensors").write_bytes(b"weights")
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest MSPN, with random weights."""
+    torch.manual_seed(0)
+    network = MSPN(MSPNConfig(num_joints=17, num_stages=1, input_size_wh=(64, 64), blocks=(1, 1, 1, 1),
+                              widths=(4, 4, 4, 4), stem_channels=4, upsample_channels=4))
+    directory = tmp_path_factory.mktemp("models") / "mspn"
+    save_model(directory, network, ModelSpec(network=network.config, skeleton=COCO17.to_json()))
     return directory
+
+
+@pytest.fixture(scope="module")
+def registered(tracking: TrackingConfig, model_directory: Path) -> dict:
+    return register_model_directory(model_directory, "mspn", tracking=tracking, alias="champion")
 
 
 def test_a_run_keeps_what_was_logged(tracking, client):
@@ -99,9 +118,9 @@ def test_a_finished_run_takes_metrics_and_stays_finished(tracking, client):
 
 
 def test_a_job_that_resumes_ends_its_own_run_and_keeps_its_first_parameters(tracking, client):
-    with pytest.raises(RuntimeError, match="lost"), open_run(tracking, name="train") as first:
+    with contextlib.suppress(KeyError), open_run(tracking, name="train") as first:
         first.log_params({"workers": 2})
-        raise RuntimeError("the machine was lost")
+        raise KeyError("the machine was lost")
     assert client.get_run(first.run_id).info.status == "FAILED"
 
     with open_run(tracking, name="train", run_id=first.run_id, ends=True) as again:
@@ -154,7 +173,7 @@ def test_an_unknown_run_is_refused(tracking):
         pass
 
 
-def test_a_silent_server_is_named_without_its_password_within_seconds(monkeypatch):
+def test_an_unreachable_server_is_named_without_its_password_within_seconds(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -205,3 +224,100 @@ def test_a_misspelt_reference_is_refused_with_the_right_forms(reference, trackin
 def test_a_folder_without_a_model_is_not_registered(tracking, tmp_path):
     with pytest.raises(DataError, match=r"no model\.json"):
         register_model_directory(tmp_path, "mspn", tracking=tracking)
+
+
+def test_a_registered_model_comes_back_byte_for_byte(tracking, registered, model_directory, tmp_path):
+    for reference in ("models:/mspn@champion", f"models:/mspn/{registered['version']}",
+                      f"runs:/{registered['run_id']}/model"):
+        found = resolve_model(reference, tracking=tracking, into=tmp_path)
+
+        assert {file.name for file in found.iterdir()} == {"model.json", "model.safetensors"}
+        for file in found.iterdir():
+            assert file.read_bytes() == (model_directory / file.name).read_bytes()
+
+
+def test_an_alias_moves_and_a_version_does_not(tracking, registered, model_directory, client):
+    first = registered_version("models:/mspn@champion", tracking=tracking)
+    with open_run(tracking, name="train") as run:
+        again = register_model_directory(model_directory, "mspn", tracking=tracking, run_id=run.run_id,
+                                         alias="champion")
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+
+    moved = registered_version("models:/mspn@champion", tracking=tracking)
+    assert (first.version, first.reference) == ("1", "models:/mspn/1")
+    assert (moved.version, moved.run_id) == (again["version"], run.run_id)
+    assert registered_version(first.reference, tracking=tracking) == first
+
+
+def test_the_stored_model_states_its_needs_and_pickles_nothing(tracking, registered):
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(registered["reference"]))
+
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert not [name for name in names if name.endswith((".pkl", ".pt2", ".pth"))]
+    assert {"pyfunc.py", "model.safetensors", "prediction.py"} <= names
+    requirements = (folder / "requirements.txt").read_text().splitlines()
+    assert "torch==2.13.0" in requirements
+    signature = mlflow.models.Model.load(folder).signature
+    assert [(column.name, column.required) for column in signature.inputs] == [("picture", True), ("boxes", False)]
+
+
+def test_the_stored_model_predicts_what_the_predictor_does(tracking, registered, model_directory):
+    import mlflow
+
+    image = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    data = bytes(cv2.imencode(".png", image)[1])
+    boxes = [[5.0, 6.0, 30.0, 40.0], [20.0, 0.0, 50.0, 60.0]]
+    mlflow.set_tracking_uri(tracking.uri)
+    stored = mlflow.pyfunc.load_model("models:/mspn@champion")
+
+    with_boxes = stored.predict(pd.DataFrame({"picture": [data, data, data], "boxes": [boxes, None, []]}))
+    whole = stored.predict(pd.DataFrame({"picture": [data]}))
+
+    expected = Predictor(model_directory).predict_persons(image, np.array([*boxes, [0.0, 0.0, 80.0, 60.0]]))
+    assert with_boxes[["picture_index", "person_index"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0]]
+    np.testing.assert_allclose(with_boxes["left_hip_x"], expected.joints_xy[:, 11, 0], rtol=1e-5)
+    np.testing.assert_allclose(with_boxes["nose_score"], expected.joint_scores[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(with_boxes["score"], expected.scores, rtol=1e-5)
+    np.testing.assert_allclose(whole["nose_x"], expected.joints_xy[2:, 0, 0], rtol=1e-5)
+
+
+def test_a_model_that_is_not_ours_is_refused(tracking, tmp_path):
+    with open_run(tracking, name="other") as run:
+        run.log_text("model/readme.txt", "no model directory")
+
+    with pytest.raises(DataError, match=r"no model\.json"):
+        resolve_model(f"runs:/{run.run_id}/model", tracking=tracking, into=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_model_is_an_error_that_names_it(tracking, tmp_path):
+    with pytest.raises(TrackingError, match="nosuch"):
+        resolve_model("models:/nosuch@champion", tracking=tracking, into=tmp_path)
+
+
+def test_a_run_is_known_or_not(tracking):
+    with open_run(tracking, name="train") as run:
+        assert knows_run(run.run_id, tracking=tracking)
+    assert not knows_run("0" * 32, tracking=tracking)
+    assert not knows_run(run.run_id, tracking=TrackingConfig(enabled=False))
+
+
+def test_an_evaluation_goes_to_the_models_own_run_where_it_is_known(tracking, client, world):  # noqa: F811
+    with open_run(tracking, name="train") as trained:
+        pass
+    model = Path(world["keypoints"], "_model", "model.json")
+    model.parent.mkdir()
+
+    model.write_text(json.dumps({"source": {"run_id": trained.run_id}}))
+    result = evaluate.run(EvaluateConfig(**world, tracking=tracking))
+    model.write_text(json.dumps({"source": {"run_id": "0" * 32}}))
+    elsewhere = evaluate.run(EvaluateConfig(**world, tracking=tracking))
+
+    kept = client.get_run(trained.run_id)
+    assert result["run_id"] == trained.run_id
+    assert kept.data.metrics["evaluate/ap"] == pytest.approx(1.0)
+    assert kept.inputs.dataset_inputs[0].dataset.name == "annotations"
+    assert elsewhere["run_id"] not in (None, trained.run_id, "0" * 32)

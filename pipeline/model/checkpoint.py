@@ -33,7 +33,7 @@ UPSAMPLE_NAMES = {"u_skip": "in_skip", "up_conv": "up_conv", "skip1": "out_skip1
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of publishing; `name_in_file` says how an entry of ours is called there, None where it isn't."""
+    """One way of publishing; `name_in_file` gives what it calls an entry of ours, None where it has none."""
 
     name: Literal["official", "mmpose"]
     name_in_file: Callable[[str], str | None]
@@ -176,8 +176,8 @@ def _num_joints(tensors: Mapping[str, Tensor], layout: Layout, path: Path) -> in
     finest = f"stage{_num_stages(tensors) - 1}.upsample.up4.res_conv2.conv.weight"
     num_joints = _out_channels(tensors, layout, finest)
     if num_joints is None:
-        raise DataError(f"{path}: {layout.name_in_file(finest)}, the last heatmaps' weights, is missing, so it "
-                        "isn't a whole MSPN. Download it again.")
+        raise DataError(f"{path}: {layout.name_in_file(finest)}, the last heatmaps' weights, is missing: "
+                        "it isn't a whole MSPN. Download it again.")
     return num_joints
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -96,7 +104,7 @@ def save_model(directory: Path, network: MSPN, spec: ModelSpec) -> None:
 def load_model(directory: Path) -> tuple[MSPN, ModelSpec]:
     """The network, in evaluation mode on the CPU, and its spec.
 
-    Refused with DataError: a missing or broken file, a newer version, weights that aren't just this network's.
+    Refused with DataError: a missing or broken file, a newer version, weights of any other network.
     """
     spec = read_spec(directory)
     path = directory / WEIGHTS_FILE

@@ -148,10 +148,7 @@ def augmented_region(
     )
     region = region_for_box(box_xywh, input_size_wh, padding_wh=padding_wh)
     num_labelled = int((keypoints[:, 2] > 0).sum())
-    if (
-        num_labelled >= augmentation.half_body_min_joints
-        and draws.half_body < augmentation.half_body_probability
-    ):
+    if num_labelled >= augmentation.half_body_min_joints and draws.half_body < augmentation.half_body_probability:
         half = half_body_region(
             keypoints,
             upper_body=skeleton.upper_body,

@@ -1,0 +1,89 @@
+"""The whole line in one command: pictures -> shards -> model -> keypoints in Parquet -> COCO numbers -> a page.
+
+Without `data` it makes its own pictures, of drawn figures with known joints; with `data` it takes a folder like
+COCO's (`images/`, `annotations/person_keypoints_{train,val}.json`).
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import annotate, evaluate, preview, shard, train
+from jobs.start_ray import start_ray
+from pipeline import config as settings
+from pipeline import tracking
+from pipeline.errors import ConfigError
+
+logger = logging.getLogger("jobs.demo")
+RECIPE = Path(__file__).with_name("demo.yaml")
+MODEL_NAME, ALIAS = "pose-demo", "champion"
+VAL_PICTURES = 48
+IMAGES_PER_SHARD = 32
+
+
+def run(config: settings.DemoConfig) -> dict[str, Any]:
+    """Run every job of the line in turn; gives the COCO numbers and where to look."""
+    output = Path(config.output).resolve()
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty. Remove it to see the demo from the beginning, or give another "
+                          "--output.")
+    output.mkdir(parents=True, exist_ok=True)
+    followed = tracking.located(config.tracking)
+    began = time.monotonic()
+    with start_ray():
+        train_set, val_set = _made_pictures(config, output) if config.data is None else _own_pictures(config)
+        for split, (images, annotations) in (("train", train_set), ("val", val_set)):
+            _say(f"Sharding the {split} pictures")
+            shard.run(settings.ShardConfig(
+                images=images, annotations=annotations, output=str(output / "shards" / split),
+                annotated_only=True, images_per_shard=IMAGES_PER_SHARD, tracking=followed))
+        _say("Training a small MSPN")
+        trained = train.run(_recipe(config, output, followed))
+        _say("Annotating the val pictures")
+        annotated = annotate.run(settings.AnnotateConfig(
+            input=str(output / "shards" / "val"), model=f"models:/{MODEL_NAME}@{ALIAS}",
+            output=str(output / "keypoints"), tracking=followed))
+        _say("Evaluating")
+        numbers = evaluate.run(settings.EvaluateConfig(keypoints=str(output / "keypoints"), annotations=val_set[1],
+                                                       tracking=followed))
+    preview.run(settings.PreviewConfig(keypoints=str(output / "keypoints"), output=str(output / "preview")))
+    _say(f"Done in {time.monotonic() - began:.0f} s. Look at {output / 'preview' / 'index.html'}, "
+         f"or follow the run with: .venv/bin/mlflow ui --backend-store-uri {followed.uri}")
+    return {"job": "demo", "output": str(output), "train": trained, "annotate": annotated, "evaluate": numbers,
+            "page": str(output / "preview" / "index.html")}
+
+
+def _made_pictures(config: settings.DemoConfig, output: Path) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(images, annotations) of a training and a validation set, drawn now."""
+    from pipeline.figures import write_made_dataset
+
+    _say(f"Drawing {config.pictures + VAL_PICTURES} pictures")
+    sets = []
+    for split, count, first_id in (("train", config.pictures, 1), ("val", VAL_PICTURES, 1_000_001)):
+        folder = output / "pictures" / split
+        write_made_dataset(folder, num_pictures=count, seed=0, first_id=first_id)
+        sets.append((str(folder / "images"), str(folder / "annotations.json")))
+    return sets[0], sets[1]
+
+
+def _own_pictures(config: settings.DemoConfig) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(images, annotations) of the two sets of a folder like COCO's."""
+    root = Path(str(config.data))
+    files = [root / "annotations" / f"person_keypoints_{split}.json" for split in ("train", "val")]
+    missing = [str(path) for path in (root / "images", *files) if not path.exists()]
+    if missing:
+        raise ConfigError(f"DATA={root}: {', '.join(missing)} isn't there. Expected images/ and "
+                          "annotations/person_keypoints_train.json and person_keypoints_val.json.")
+    return (str(root / "images"), str(files[0])), (str(root / "images"), str(files[1]))
+
+
+def _recipe(config: settings.DemoConfig, output: Path, followed: settings.TrackingConfig) -> settings.TrainConfig:
+    assignments = [] if config.iterations is None else [f"optimiser.iterations={config.iterations}"]
+    return settings.load_config(settings.TrainConfig, file=str(RECIPE), assignments=assignments, flags={
+        "data": str(output / "shards" / "train"), "val": str(output / "shards" / "val"),
+        "output": str(output / "model"), "register": MODEL_NAME, "alias": ALIAS, "tracking": followed.model_dump()})
+
+
+def _say(text: str) -> None:
+    logger.info("=== %s", text)

@@ -1,0 +1,181 @@
+"""One iteration of training: learning rate, normalise, draw targets, forward, loss, step; and its state in a file.
+
+It knows tensors and a network; not where batches come from, how many workers there are, or Ray.
+"""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.model.directory import ModelSpec, normalise_crops
+from pipeline.model.loss import mspn_loss
+from pipeline.model.mspn import MSPN
+from pipeline.model.targets import draw_targets
+
+BETAS = (0.9, 0.999)  # the authors' Adam
+EPSILON = 1e-8
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The authors' learning rate (MSPN.md 6): warm-up from a share of the peak, then linear to 0."""
+
+    peak: float
+    iterations: int
+    warmup_iterations: int
+    warmup_factor: float
+
+    def __post_init__(self) -> None:
+        if self.warmup_iterations >= self.iterations:
+            raise ConfigError(f"optimiser.warmup_iterations is {self.warmup_iterations}, but must be less than "
+                              f"optimiser.iterations, {self.iterations}.")
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Samples on the network's device.
+
+    crops      uint8 [B, H, W, 3] BGR
+    joints_xy  float32 [B, K, 2] in crop pixels
+    visible    [B, K]: 0 not labelled, 1 occluded, 2 visible
+    ids        int64 [B], the persons' annotation ids, to name them in an error
+    """
+
+    crops: Tensor
+    joints_xy: Tensor
+    visible: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an iteration gave, still on the device, so that reading it doesn't hold the next one up.
+
+    loss   scalar, the total before the step
+    heads  [S, 4], each head's share of it: stage by stage, coarse to fine
+    """
+
+    iteration: int
+    loss: Tensor
+    heads: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands: after `iteration` iterations; `positions` are the ranks' next slots in their streams."""
+
+    iteration: int
+    positions: tuple[int, ...]
+
+
+# --- schedule and optimiser ---------------------------------------------------------------------------------------
+
+
+def learning_rate(iteration: int, schedule: Schedule) -> float:
+    """The rate of an iteration, counted from 1: exactly 0 at the last one."""
+    warmup = schedule.warmup_iterations
+    if iteration < warmup:
+        return schedule.peak * (schedule.warmup_factor + (1 - schedule.warmup_factor) * iteration / warmup)
+    return schedule.peak * (1 - (iteration - warmup) / (schedule.iterations - warmup))
+
+
+def make_optimiser(network: nn.Module, *, weight_decay: float) -> torch.optim.Adam:
+    """The authors' Adam: weight decay as L2 on all parameters, biases and batch norms too. `train_step` sets its rate."""
+    return torch.optim.Adam(network.parameters(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
+
+
+def scale_heatmaps(network: MSPN, factor: float) -> None:
+    """Multiply what an untrained network's heads give, by the weights of their last batch norms (1 at first).
+
+    Targets reach 255, heads begin with a deviation of 1, and Adam moves a weight by the learning rate at most: the
+    authors' 96,000 iterations get there, a run of some hundred doesn't.
+    """
+    with torch.no_grad():
+        for stage in network.stages:
+            for unit in stage.upsample.units:
+                unit.res_conv2.bn.weight.mul_(factor)
+
+
+# --- one iteration ------------------------------------------------------------------------------------------------
+
+
+def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: TrainingBatch, *, iteration: int,
+               rate: float, spec: ModelSpec, ohkm_joints: int, occluded: Literal["suppress", "supervise"],
+               bfloat16: bool = False) -> StepReport:
+    """One step of the optimiser on one batch. The network (or its distributed wrapper) is in training mode.
+
+    bfloat16  the network under autocast; targets and loss are float32 always
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    images = normalise_crops(batch.crops, spec).to(memory_format=torch.channels_last)
+    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+        heatmaps = network(images)
+    loss = mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)
+    optimiser.zero_grad(set_to_none=True)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return StepReport(iteration, loss.total.detach(), loss.heads.detach(), batch.ids)
+
+
+def refuse_divergence(report: StepReport) -> float:
+    """The report's loss as a number; DataError, naming iteration and persons, where it isn't finite."""
+    loss = float(report.loss)
+    if not np.isfinite(loss):
+        raise DataError(f"The loss of iteration {report.iteration} is {loss}: training has diverged. Its batch held the "
+                        f"annotations {report.ids.tolist()}. Lower optimiser.learning_rate_per_worker or lengthen "
+                        "optimiser.warmup_iterations, check these annotations, and train into a new --output.")
+    return loss
+
+
+def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.device) -> TrainingBatch:
+    """A block of `pipeline.samples` on a device."""
+    def tensor(name: str) -> Tensor:
+        value = arrays[name]
+        return (value if isinstance(value, Tensor) else torch.tensor(value)).to(device, non_blocking=True)
+
+    return TrainingBatch(tensor("crop"), tensor("joints_xy"), tensor("visible"), tensor("annotation_id"))
+
+
+# --- the state in a file ------------------------------------------------------------------------------------------
+
+
+def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: TrainingState) -> bytes:
+    """All that a run needs to go on, as torch.save writes it: tensors and plain types. `load_state` is the inverse."""
+    sink = io.BytesIO()
+    torch.save({"version": STATE_VERSION, "iteration": state.iteration, "positions": list(state.positions),
+                "network": network.state_dict(), "optimiser": optimiser.state_dict(),
+                "random": torch.get_rng_state()}, sink)
+    return sink.getvalue()
+
+
+def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer) -> TrainingState:
+    """Put a network and its optimiser back to where `state_bytes` saw them; where that was.
+
+    Nothing is unpickled but tensors and plain types. A newer version is refused with DataError.
+    """
+    values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if values["version"] > STATE_VERSION:
+        raise DataError(f"The checkpoint has version {values['version']}; this program reads up to {STATE_VERSION}. "
+                        "Update it.")
+    network.load_state_dict(values["network"])
+    optimiser.load_state_dict(values["optimiser"])
+    torch.set_rng_state(values["random"])
+    return TrainingState(values["iteration"], tuple(values["positions"]))
+
+
+def position_of(state: TrainingState, *, rank: int, world: int) -> int:
+    """Where a rank's stream goes on. With another number of ranks than before, all go on from the mean position."""
+    if len(state.positions) == world:
+        return state.positions[rank]
+    return sum(state.positions) // world

@@ -1,0 +1,82 @@
+"""Targets, held against the authors' maps and OpenCV's own blur (tests/golden/README.md)."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pipeline.model.targets import KERNELS, draw_targets, gaussian_taps
+
+SIZE = (192, 256)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "golden" / "targets.npz") as archive:
+        return dict(archive)
+
+
+def drawn(x: float, y: float, *, visible: int = 2, size_wh: tuple[int, int] = SIZE) -> torch.Tensor:
+    """The five maps of one joint."""
+    return draw_targets(torch.tensor([[[x, y]]]), torch.tensor([[visible]]), size_wh)[0, :, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_are_the_authors_for_all_kernels_and_borders(golden: dict[str, np.ndarray], dtype: torch.dtype) -> None:
+    joints = torch.from_numpy(golden["joints_xy_in_crop"]).to(dtype)
+    targets = draw_targets(joints, torch.from_numpy(golden["visibility"])[..., 0], SIZE)
+    assert targets.dtype == torch.float32
+    np.testing.assert_allclose(targets, golden["heatmaps"], rtol=0, atol=1e-4)
+
+
+def test_taps_are_opencvs(golden: dict[str, np.ndarray]) -> None:
+    for kernel in KERNELS:
+        np.testing.assert_allclose(gaussian_taps(kernel), golden[f"gauss1d_{kernel}"], rtol=0, atol=1e-15)
+
+
+def test_the_narrowest_map_is_255_then_170_then_42_and_a_half() -> None:
+    narrowest = drawn(96, 128)[-1]
+    assert narrowest[32, 24:28].tolist() == [255, 170, 42.5, 0]
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (3.9, 255.9), (191.9, 4), (100, 7)])
+def test_every_map_peaks_at_255_also_at_the_border(x: float, y: float) -> None:
+    assert drawn(x, y).amax(dim=(1, 2)).tolist() == pytest.approx([255] * 5, abs=1e-4)
+
+
+@pytest.mark.parametrize(("x", "y", "visible"), [(96, 128, 0), (-0.5, 128, 2), (192, 128, 2), (96, 256, 2), (96, -9, 1)])
+def test_joints_that_are_unlabelled_or_outside_get_empty_maps(x: float, y: float, visible: int) -> None:
+    assert not drawn(x, y, visible=visible).any()
+
+
+def test_occluded_joints_are_drawn_as_visible_ones() -> None:
+    assert torch.equal(drawn(50, 60, visible=1), drawn(50, 60, visible=2))
+
+
+@pytest.mark.parametrize("size_wh", [(32, 32), (32, 64), (160, 96)])
+def test_other_sizes_are_what_opencv_draws_even_where_the_kernel_is_wider_than_the_map(size_wh: tuple[int, int]) -> None:
+    for cell_x, cell_y in ((0, 0), (3, 7), (7, 1), (4, 4)):
+        maps = drawn(4 * cell_x + 1, 4 * cell_y + 3, size_wh=size_wh)
+        delta = np.zeros((size_wh[1] // 4, size_wh[0] // 4), dtype=np.float32)
+        delta[cell_y, cell_x] = 1
+        for target, kernel in zip(maps, KERNELS, strict=True):
+            blurred = cv2.GaussianBlur(delta, (kernel, kernel), 0)
+            np.testing.assert_allclose(target, 255 * blurred / blurred.max(), rtol=0, atol=1e-3)
+
+
+def test_targets_asked_for_during_inference_can_be_trained_on_later() -> None:
+    with torch.inference_mode():
+        drawn(11, 12, size_wh=(64, 32))
+    heatmaps = torch.zeros(5, 8, 16, requires_grad=True)
+    (heatmaps * drawn(11, 12, size_wh=(64, 32))).sum().backward()
+    assert heatmaps.grad is not None
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_what_the_cpu_draws(golden: dict[str, np.ndarray]) -> None:
+    joints, visible = (torch.from_numpy(golden[name]) for name in ("joints_xy_in_crop", "visibility"))
+    targets = draw_targets(joints.cuda(), visible[..., 0].cuda(), SIZE)
+    assert targets.is_cuda
+    torch.testing.assert_close(targets.cpu(), draw_targets(joints, visible[..., 0], SIZE), rtol=0, atol=1e-4)
