@@ -56,6 +56,8 @@ class AugmentationConfig(Settings):
     """The authors' augmentation; `enabled: false` crops as at test time."""
 
     enabled: bool = True
+    base_scale: float = Field(1.05, gt=0, description="factor on both sides of the box")
+    extend_wh: tuple[float, float] = Field((0.6, 0.8), description="each side grows by up to this share of itself")
     rotation_deg: float = Field(45.0, ge=0, le=180)
     rotation_probability: float = Field(0.5, ge=0, le=1)
     scale_range: tuple[float, float] = (0.6, 1.0)
@@ -82,6 +84,7 @@ class OptimiserConfig(Settings):
     iterations: int = Field(96_000, ge=1)
     warmup_iterations: int = Field(2400, ge=0)
     warmup_factor: float = Field(0.1, ge=0, le=1)
+    heatmap_scale: float = Field(1.0, gt=0, description="factor on a new network's heatmaps; more for short runs")
     batch_size_per_worker: int = Field(32, ge=1)
 
 

@@ -99,7 +99,7 @@ def evaluate_keypoints(table: pa.Table, truth: Mapping[str, Any], *, skeleton: S
         pck=pck,
         pck_reason=pck_reason,
         joints=joints,
-        counts=_counts(table, known, evaluated, persons) | {"persons_matched": len(rows)},
+        counts=_counts(table, known, evaluated, persons) | {"rows_matched": len(rows)},
     )
 
 

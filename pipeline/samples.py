@@ -6,6 +6,7 @@ comes follows from (data, seed, rank, number of ranks): not from speed, threads,
 in the stream is its *slot*; a run goes on from the slot after the last one that it trained on.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,14 @@ def trainable_counts(dataset: ShardDataset) -> list[int]:
         raise DataError(f"{dataset.uri} has no person to train on (none with a labelled joint that isn't a crowd). "
                         "Shard with --annotations that have keypoints.")
     return counts
+
+
+def dataset_digest(dataset: ShardDataset) -> str:
+    """What identifies a shard dataset's live content, wherever it lies: SHA-256 over its parts' and its dropped rows."""
+    digest = hashlib.sha256()
+    for line in [f"{part.name} {part.sha256}" for part in dataset.parts] + [repr(row) for row in sorted(dataset.dropped)]:
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _generator(*numbers: int) -> np.random.Generator:

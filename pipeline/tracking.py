@@ -41,6 +41,10 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",  # requirements are given explicitly, whatever folder the job runs in
 }
+# A call that fails after so long has waited for a server that isn't there; a training that logs every few
+# seconds mustn't wait each time.
+SLOW_S = 1.0
+PAUSE_S = 120
 MAX_DIGEST = 36  # characters in MLflow's tables
 MAX_BATCH = 100  # parameters or tags in one request
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
@@ -77,6 +81,7 @@ class Run:
         self._location = location
         self.run_id = run_id
         self.url = url
+        self._paused_until = 0.0
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Keep settings, nested ones as `a.b`. What the run already has stays: a resumed run began so."""
@@ -135,14 +140,18 @@ class Run:
         """Keep a JSON-able dict as the artifact `name`."""
         self._send(name, lambda client, run_id: client.log_text(run_id, _json(value), name))
 
-    def _send(self, what: str, send: Callable[[Any, str], None]) -> None:
-        if self._client is None or self.run_id is None:
+    def _send(self, what: str, send: Callable[[Any, str], None], *, always: bool = False) -> None:
+        began = time.monotonic()
+        if self._client is None or self.run_id is None or (began < self._paused_until and not always):
             return
         try:
             with _mlflow_errors(self._location):
                 send(self._client, self.run_id)
         except TrackingError as error:
             logger.warning("not logged (%s): %s", what, error)
+            if time.monotonic() - began > SLOW_S:
+                logger.warning("nothing is logged to the run for %d s", PAUSE_S)
+                self._paused_until = time.monotonic() + PAUSE_S
 
 
 # --- where MLflow is ---------------------------------------------------------------------------------------
@@ -210,7 +219,7 @@ def _start(tracking: TrackingConfig, *, name: str, run_id: str | None, owned: bo
 def _terminated(run: Run, client: Any, *, owned: bool) -> Iterator[None]:
     def end(status: str) -> None:
         if owned:
-            run._send("the end", lambda _, run_id: client.set_terminated(run_id, status))
+            run._send("the end", lambda _, run_id: client.set_terminated(run_id, status), always=True)
 
     try:
         yield

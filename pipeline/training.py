@@ -4,11 +4,11 @@ It knows tensors and a network; not where batches come from, how many workers th
 """
 
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def learning_rate(iteration: int, schedule: Schedule) -> float:
 
 
 def make_optimiser(network: nn.Module, *, weight_decay: float) -> torch.optim.Adam:
-    """The authors' Adam: weight decay as L2 on all parameters, biases and batch norms too. `train_step` sets its rate."""
+    """The authors' Adam: weight decay as L2 on all parameters, also biases and batch norms. Each step sets its rate."""
     return torch.optim.Adam(network.parameters(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
 
 
@@ -128,14 +128,15 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
     return StepReport(iteration, loss.total.detach(), loss.heads.detach(), batch.ids)
 
 
-def refuse_divergence(report: StepReport) -> float:
-    """The report's loss as a number; DataError, naming iteration and persons, where it isn't finite."""
-    loss = float(report.loss)
-    if not np.isfinite(loss):
-        raise DataError(f"The loss of iteration {report.iteration} is {loss}: training has diverged. Its batch held the "
-                        f"annotations {report.ids.tolist()}. Lower optimiser.learning_rate_per_worker or lengthen "
-                        "optimiser.warmup_iterations, check these annotations, and train into a new --output.")
-    return loss
+def divergence(reports: Sequence[StepReport]) -> str | None:
+    """What is wrong with the first report whose loss isn't finite: its iteration, its persons, the remedy; or None."""
+    losses = torch.stack([report.loss for report in reports]).tolist() if reports else []
+    for report, loss in zip(reports, losses, strict=True):
+        if not math.isfinite(loss):
+            return (f"The loss of iteration {report.iteration} is {loss}: training has diverged. Its batch held the "
+                    f"annotations {report.ids.tolist()}. Check these, lower optimiser.learning_rate_per_worker or "
+                    "lengthen optimiser.warmup_iterations, and train into a new --output.")
+    return None
 
 
 def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.device) -> TrainingBatch:

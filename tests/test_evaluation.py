@@ -136,7 +136,7 @@ def test_pictures_that_were_not_annotated_do_not_count_but_refused_ones_do():
 
     assert evaluation.counts == {
         "pictures": 2, "persons": 2, "predictions": 1, "truth_images_not_in_table": 1,
-        "pictures_not_in_truth": 1, "rows_without_image_id": 1, "persons_matched": 1}
+        "pictures_not_in_truth": 1, "rows_without_image_id": 1, "rows_matched": 1}
     assert evaluation.coco["AR"] == pytest.approx(0.5)  # one of two persons found
 
 

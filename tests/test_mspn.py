@@ -83,7 +83,7 @@ def test_prediction_computes_one_head_and_training_all(num_stages: int) -> None:
 
 
 # MSPN.md 12, GMAC at 256x192; what the unused heads cost: 427.2 MMAC a stage, 321.7 of them the finest (section 1)
-@pytest.mark.parametrize(("num_stages", "gmacs"), [(1, 5.073), (2, 11.263), (3, 17.453), (4, 23.643)])
+@pytest.mark.parametrize(("num_stages", "gmacs"), [(1, 5.073), (2, 11.263), (4, 23.643)])
 def test_work_is_the_authors_and_prediction_spares_the_other_heads(num_stages: int, gmacs: float) -> None:
     network, images = on_meta(num_stages), torch.empty(1, 3, 256, 192, device="meta")
     spared = (427.2 * num_stages - 321.7) / 1000
@@ -103,8 +103,7 @@ def test_prediction_is_the_last_and_finest_of_all_heatmaps() -> None:
         assert torch.equal(network.predict(images), network(images)[-1][-1])
 
 
-@pytest.mark.parametrize("size_wh", [(32, 32), (32, 64), (96, 160), (288, 384)])
-@pytest.mark.parametrize("num_joints", [1, 21])
+@pytest.mark.parametrize(("size_wh", "num_joints"), [((32, 32), 1), ((32, 64), 21), ((96, 160), 16), ((288, 384), 2)])
 def test_any_size_of_multiples_of_32_and_any_joints_work(size_wh: tuple[int, int], num_joints: int) -> None:
     width, height = size_wh
     with torch.inference_mode():
@@ -188,7 +187,8 @@ def resnet_features(weights: dict[str, Tensor], images: Tensor) -> list[Tensor]:
     def conv_bn(x: Tensor, conv: str, bn: str, *, stride: int = 1) -> Tensor:
         kernel = weights[f"{conv}.weight"]
         x = functional.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
-        mean, var, weight, bias = (weights[f"{bn}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, var, weight, bias = (weights[f"{bn}.{name}"] for name in names)
         return functional.batch_norm(x, mean, var, weight, bias)
 
     x = functional.max_pool2d(conv_bn(images, "conv1", "bn1", stride=2).relu(), 3, stride=2, padding=1)
@@ -238,6 +238,7 @@ def test_a_trunk_that_does_not_fit_is_refused_entry_by_entry_and_changes_nothing
     weights["bn1.bias"] = torch.zeros(9)
     with pytest.raises(DataError) as refusal:
         load_trunk(network, weights)
-    for part in ("1 missing: layer2.0.conv3.weight", "1 unexpected: layer9.0.conv1.weight", "bn1.bias [9] instead of [8]"):
+    for part in ("1 missing: layer2.0.conv3.weight", "1 unexpected: layer9.0.conv1.weight",
+                 "bn1.bias [9] instead of [8]"):
         assert part in str(refusal.value)
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())

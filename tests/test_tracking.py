@@ -21,6 +21,7 @@ from pipeline.model.mspn import MSPN, MSPNConfig
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
 from pipeline.tracking import (
+    Run,
     TrackingError,
     knows_run,
     located,
@@ -166,6 +167,26 @@ def test_what_cannot_be_logged_is_a_warning_and_the_job_goes_on(tracking, client
 
     assert "not logged (metrics)" in caplog.text
     assert client.get_run(run.run_id).data.metrics == {"ap": 1.0}
+
+
+def test_a_server_that_went_away_holds_a_training_up_only_once(monkeypatch, caplog):
+    class GoneServer:
+        calls = 0
+
+        def log_batch(self, run_id, metrics):
+            self.calls += 1
+            time.sleep(0.02)
+            raise ConnectionError("refused")
+
+    monkeypatch.setattr("pipeline.tracking.SLOW_S", 0.01)
+    server = GoneServer()
+    run = Run(server, location="http://tracking", run_id="1")
+
+    for step in range(3):
+        run.log_metrics({"loss": 1.0}, step=step)
+
+    assert server.calls == 1
+    assert "nothing is logged to the run for 120 s" in caplog.text
 
 
 def test_an_unknown_run_is_refused(tracking):

@@ -1,0 +1,268 @@
+"""A shard dataset -> a model directory, by Ray Train: freeze, train on every worker, validate, put the model, register.
+
+Each worker is fed by its own Ray Data pipeline, which decodes a picture once, cuts its persons out, and hands over
+uint8 crops and joints. Ray Train keeps checkpoints under `<output>/_checkpoints`; the same command goes on from the
+last one, whatever ended the run before. `model.json`, put last, makes the output a model directory.
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jobs.import_model import put_model
+from jobs.start_ray import num_cpus, num_gpus, start_ray
+from pipeline import samples, storage, tracking, training
+from pipeline.config import TrainConfig, locations
+from pipeline.errors import ConfigError, DataError
+from pipeline.evaluation import evaluation_metrics
+from pipeline.model.directory import SPEC_FILE, ModelSpec, load_model, model_digest, read_spec, save_model
+from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
+from pipeline.model_reference import download_model, find_model, upload_model
+from pipeline.pose.augment import Augmentation
+from pipeline.prediction import Predictor
+from pipeline.shards import ShardDataset, open_shards
+from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
+from pipeline.validation import PREVIEWS, ValidatedPicture, evaluate_pictures, preview_sheet, validate_part
+
+logger = logging.getLogger("jobs.train")
+CHECKPOINTS = "_checkpoints"
+STATE_FILE = "state.pt"
+INIT_FOLDER = "_init"
+MAX_FAILURES = 3  # of worker groups; each restart costs some 20 s and what came after the last checkpoint
+REPORT_EVERY = 20  # iterations between metrics, as the authors log, and between looks for a loss that isn't finite
+PROGRESS_EVERY_S = 10
+PREFETCH_BATCHES = 4
+PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflow")
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What every worker is given."""
+
+    config: TrainConfig
+    data: ShardDataset
+    val: ShardDataset | None
+    intent: dict[str, Any]
+    counts: list[int]  # trainable persons in each shard of `data`
+    source: dict[str, Any]  # what model.json says of the model's origin
+    run_id: str | None
+
+
+# --- the driver ---------------------------------------------------------------------------------------------------
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train; says where the model is, how good it is, and under which name it was registered."""
+    config = locations(config, "data", "output", "val")
+    config = config.model_copy(update={"tracking": tracking.located(config.tracking)})
+    for data in filter(None, (config.data, config.val)):
+        storage.refuse_overlap(data, config.output)
+    job = open_job(config.output)
+    pinned = {} if job is None or job.input["data"] != config.data else job.input
+    data = _open_data(config.data, pinned.get("data_version"))
+    val = None if config.val is None else _open_data(config.val, pinned.get("val_version"))
+    _refuse_other_joints(data, val)
+    inputs = _inputs(config, data, val)
+    if not storage.exists(storage.join(config.output, SPEC_FILE)):
+        if job is None:
+            storage.prove_put_if_absent(config.output)
+        with start_ray():
+            _train(config, job, inputs, data, val)
+    else:
+        assert job is not None or _refuse_foreign_model(config.output)
+        refuse_other_intent(job, config.output, input=inputs, intent=_intent(config, job, data))
+        logger.info("%s holds the finished model; nothing was trained", config.output)
+    return _result(config)
+
+
+def _open_data(uri: str, version: int | None) -> ShardDataset:
+    dataset = open_shards(uri, version)
+    if dataset.skeleton is None:
+        raise ConfigError(f"{uri} was sharded without --annotations: there are no joints to learn.")
+    return dataset
+
+
+def _refuse_other_joints(data: ShardDataset, val: ShardDataset | None) -> None:
+    if val is not None and val.skeleton != data.skeleton:
+        raise ConfigError(f"--data {data.uri} and --val {val.uri} have different joints: "
+                          f"{data.skeleton} and {val.skeleton}.")
+
+
+def _refuse_foreign_model(output: str) -> bool:
+    raise ConfigError(f"{output} holds a model that this job didn't train. Choose another --output.")
+
+
+def _inputs(config: TrainConfig, data: ShardDataset, val: ShardDataset | None) -> dict[str, Any]:
+    inputs = {"data": config.data, "data_version": data.version, "data_digest": samples.dataset_digest(data)}
+    if val is None:
+        return inputs | {"val": None}
+    return inputs | {"val": config.val, "val_version": val.version, "val_digest": samples.dataset_digest(val)}
+
+
+def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> dict[str, Any]:
+    """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
+    frozen = {} if job is None else job.intent
+    intent = config.model_dump(mode="json", include={
+        "workers", "seed", "precision", "trunk", "init", "network", "optimiser", "loss", "augmentation",
+        "validate_every", "validate_persons"})
+    if config.workers == "auto":
+        intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
+    if config.precision == "auto":
+        intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
+    return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
+
+
+def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], data: ShardDataset,
+           val: ShardDataset | None) -> None:
+    """Everything between an open Ray and the model directory."""
+    intent = _intent(config, job, data)
+    counts = samples.trainable_counts(data)
+    _schedule(config, 1)  # refuses a warm-up that doesn't end
+    _refuse_too_many_workers(intent["workers"], counts, config)
+    if job is not None:
+        refuse_other_intent(job, config.output, input=inputs, intent=intent)
+    run_id = None if job is None else job.about["run_id"]
+    with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
+        if job is None:
+            _freeze_init(config)
+            job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
+            refuse_other_intent(job, config.output, input=inputs, intent=intent)
+        _log_begin(run, config, job)
+        _fit(TrainTask(config, data, val, intent, counts, _source(config, job), job.about["run_id"]))
+
+
+def _refuse_too_many_workers(workers: str, counts: list[int], config: TrainConfig) -> None:
+    next(samples.rank_turns(counts, seed=config.seed, rank=0, world=_num_workers(workers)[1]))
+
+
+def _num_workers(workers: str) -> tuple[int, int]:
+    """(least, most) of a number or MIN:MAX."""
+    least, _, most = workers.partition(":")
+    return int(least), int(most or least)
+
+
+def _schedule(config: TrainConfig, world: int) -> training.Schedule:
+    """The rate grows with the number of workers, and so with the whole batch, as the authors have it."""
+    optimiser = config.optimiser
+    return training.Schedule(optimiser.learning_rate_per_worker * world, optimiser.iterations,
+                             optimiser.warmup_iterations, optimiser.warmup_factor)
+
+
+def _freeze_init(config: TrainConfig) -> None:
+    """Put the model to begin from beside the run, where every worker finds the same one."""
+    if config.init is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = find_model(config.init, settings=config.tracking, into=Path(folder))
+        upload_model(model.directory, storage.join(config.output, INIT_FOLDER))
+
+
+def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
+    recipe = {name: job.intent[name] for name in ("network", "optimiser", "loss", "augmentation", "workers", "precision",
+                                                  "trunk", "init")}
+    return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
+            "git_revision": _git_revision(), "python": sys.version.split()[0],
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    try:
+        answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"],
+                                capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
+    run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | job.intent)
+    run.set_tags({"job": job.digest, "output": config.output})
+    run.log_dataset("train", config.data, digest=job.input["data_digest"], context="training")
+    if config.val is not None:
+        run.log_dataset("val", config.val, digest=job.input["val_digest"], context="validation")
+    if run.url:
+        logger.info("followed at %s", run.url)
+
+
+def _fit(task: TrainTask) -> None:
+    """Run Ray Train to the end of the schedule, from its last checkpoint under this output if there is one."""
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    least, most = _num_workers(task.intent["workers"])
+    use_gpu = num_gpus() > 0
+    if num_cpus_total() < most + 1:
+        logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: they wait until there "
+                       "are more", most, most + 1, num_cpus_total())
+    filesystem, path = storage.arrow_filesystem(task.config.output)
+    trainer = TorchTrainer(
+        train_worker, train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=use_gpu),
+        # the same name at the same place: Ray Train finds its own last checkpoint there
+        run_config=ray.train.RunConfig(
+            name=CHECKPOINTS, storage_path=path, storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=task.config.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING")))
+    try:
+        answer = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _plain(error) from None
+    if answer is not None:
+        raise DataError(answer)
+
+
+def num_cpus_total() -> int:
+    """Logical CPUs that Ray gives out."""
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
+def _plain(error: Exception) -> Exception:
+    """The first cause that is ours and says what to do; else that training failed, and what Ray Train says."""
+    causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for cause in causes:
+        while cause is not None:
+            if isinstance(cause, ConfigError | DataError | OSError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+    return OSError(f"training failed {MAX_FAILURES + 1} times; its checkpoints stay, and the same command goes on from "
+                   f"the last one. {error}")
+
+
+def _result(config: TrainConfig) -> dict[str, Any]:
+    """What the output itself says; registers the model if asked to, once for each name."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = download_model(config.output, Path(folder))
+        spec, digest = read_spec(directory), model_digest(directory)
+        registered = _register(config, directory, spec) if config.register_as else None
+    source = spec.source
+    return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
+            "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "model_digest": digest,
+            "run_id": source["run_id"], "registered": registered}
+
+
+def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:
+    marker = storage.join(config.output, f"_registered-{config.register_as}.json")
+    if storage.exists(marker):
+        return json_object(storage.read_object(marker))
+    registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
+                                                   run_id=spec.source["run_id"], alias=config.alias)
+    storage.put_if_absent(marker, json_bytes(registered))
+    return registered

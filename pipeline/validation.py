@@ -1,0 +1,105 @@
+"""How good a network is on an annotated shard dataset: predict its persons as `annotate` does, and evaluate.
+
+Several processes can each take some shards; what they predict is put together and evaluated once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.annotation import PictureToAnnotate, annotate_pictures, annotated_boxes
+from pipeline.coco import AnnotatedImage, Person, coco_json
+from pipeline.errors import DataError
+from pipeline.evaluation import Evaluation, evaluate_keypoints
+from pipeline.images import PictureLimits, decode_picture
+from pipeline.pose.skeleton import Skeleton
+from pipeline.prediction import Predictor
+from pipeline.preview import contact_sheet, draw_persons
+from pipeline.rows import AnnotatedPicture, keypoint_table
+from pipeline.shards import ShardDataset, ShardPart, read_part
+
+JOB = "validation"
+COLUMNS = ("key", "etag", "sha256", "image_id", "width", "height", "bytes", "persons")
+PREVIEWS = 8
+
+
+@dataclass(frozen=True)
+class ValidatedPicture:
+    """One annotated picture: what was predicted, what is true. `data` are its bytes, kept for a few pictures alone."""
+
+    predicted: AnnotatedPicture
+    truth: AnnotatedImage
+    data: bytes | None
+
+
+def validate_part(dataset: ShardDataset, part: ShardPart, predictor: Predictor, *, most_persons: int | None = None,
+                  keep_bytes: int = 0) -> list[ValidatedPicture]:
+    """The pictures of one shard that have annotations, each person with its own box, crowds left out.
+
+    most_persons  stop once the pictures taken hold so many persons
+    keep_bytes    of how many pictures with persons the bytes are kept, for `preview_sheet`
+    """
+    rows = _first_rows(read_part(dataset, part, COLUMNS).to_pylist(), most_persons)
+    predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor, limits=PictureLimits())
+    kept = {row["key"] for row in [row for row in rows if row["persons"]][:keep_bytes]}
+    return [ValidatedPicture(picture, _truth(row), row["bytes"] if row["key"] in kept else None)
+            for row, picture in zip(rows, predicted, strict=True)]
+
+
+def evaluate_pictures(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) -> Evaluation:
+    """The ten COCO numbers and PCK. DataError without any annotated picture."""
+    if not pictures:
+        raise DataError("The --val data have no annotated picture. Shard them with --annotations.")
+    table = keypoint_table([picture.predicted for picture in pictures], skeleton, job=JOB)
+    return evaluate_keypoints(table, coco_json([picture.truth for picture in pictures], skeleton), skeleton=skeleton)
+
+
+def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) -> npt.NDArray[np.uint8] | None:
+    """Pictures whose bytes were kept, uint8 BGR: left as predicted, right as annotated; None where there is none."""
+    drawn = []
+    for picture in pictures:
+        if picture.data is None or picture.predicted.joints_xy is None or picture.predicted.joint_scores is None:
+            continue
+        image_bgr = decode_picture(picture.data)
+        true_xy, true_scores = _true_joints(picture.truth.persons, skeleton)
+        drawn += [draw_persons(image_bgr, picture.predicted.joints_xy, picture.predicted.joint_scores, skeleton),
+                  draw_persons(image_bgr, true_xy, true_scores, skeleton)]
+    return contact_sheet(drawn) if drawn else None
+
+
+def _first_rows(rows: list[dict[str, Any]], most_persons: int | None) -> list[dict[str, Any]]:
+    """The annotated pictures; an image_id and bytes are needed to evaluate them."""
+    chosen: list[dict[str, Any]] = []
+    num_persons = 0
+    for row in rows:
+        if row["bytes"] is None or row["persons"] is None or row["image_id"] is None:
+            continue
+        if most_persons is not None and num_persons >= most_persons:
+            break
+        num_persons += sum(not person["iscrowd"] for person in row["persons"])
+        chosen.append(row)
+    return chosen
+
+
+def _to_annotate(row: dict[str, Any]) -> PictureToAnnotate:
+    picture = {name: row[name] for name in ("key", "image_id", "etag", "sha256", "width", "height")}
+    boxes = annotated_boxes(row["persons"])
+    return PictureToAnnotate(picture, lambda: bytes(row["bytes"]), lambda width, height: boxes)
+
+
+def _truth(row: dict[str, Any]) -> AnnotatedImage:
+    persons = tuple(Person(**person | {
+        "box_xywh": tuple(person["box_xywh"]),
+        "keypoints": None if person["keypoints"] is None else tuple(person["keypoints"])}) for person in row["persons"])
+    return AnnotatedImage(row["image_id"], row["key"], row["width"], row["height"], persons)
+
+
+def _true_joints(persons: Sequence[Person], skeleton: Skeleton) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """joints_xy [n, K, 2], NaN where not labelled, and scores [n, K] that draw labelled joints as sure."""
+    flat = [person.keypoints for person in persons if person.keypoints is not None and not person.iscrowd]
+    joints = np.array(flat, np.float64).reshape(-1, skeleton.num_joints, 3)
+    labelled = joints[..., 2] > 0
+    return np.where(labelled[..., None], joints[..., :2], np.nan), labelled.astype(np.float64) + 0.5

@@ -1,0 +1,201 @@
+"""Published weight files: both layouts give the originals' answers, and no file is taken half or run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.model.checkpoint import mmpose_name, read_checkpoint
+from pipeline.model.decode import Decoding
+from pipeline.model.mspn import MSPNConfig
+from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
+from tests.published import GOLDEN, Keys, made_images, made_weights, narrow, publish, published_keys
+
+NARROW = {"widths": (8, 16, 32, 64), "stem_channels": 8, "upsample_channels": 32}
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def official(*, num_stages: int = 1, joints: int = 17) -> dict[str, Tensor]:
+    return made_weights(with_joints(narrow(published_keys("official", num_stages)), joints), 1)
+
+
+def mmpose(*, num_stages: int = 1, joints: int = 17) -> dict[str, Tensor]:
+    return made_weights(with_joints(narrow(published_keys("mmpose", num_stages)), joints), 2)
+
+
+def with_joints(keys: Keys, joints: int) -> Keys:
+    return [(name, [joints if size == 17 else size for size in shape]) for name, shape in keys]
+
+
+def saved(folder: Path, content: Any, name: str = "iter-96000.pth") -> Path:
+    torch.save(content, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_names_translate_to_exactly_mmposes(num_stages: int) -> None:
+    ours = [name for name, _ in published_keys("official", num_stages)]
+    theirs = {name for name, _ in published_keys("mmpose", num_stages)}
+    translated = [mmpose_name(name, head="keypoint_head") for name in ours]
+    assert {name for name in translated if name} == theirs
+    assert len([name for name in translated if name]) == len(theirs)
+    assert all(name.endswith("conv.bias") for name, there in zip(ours, translated, strict=True) if there is None)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_mmposes_file_gives_mmposes_heatmaps(tmp_path: Path, num_stages: int) -> None:
+    with np.load(GOLDEN / "mspn.npz") as archive:
+        expected = {name: archive[f"mmpose_s{num_stages}_{name}"] for name in ("final_sample", "heads_mean", "heads_std")}
+    weights = made_weights(published_keys("mmpose", num_stages), 3000 + num_stages)
+    network, _ = read_checkpoint(publish(tmp_path, {"meta": {"epoch": 210}, "state_dict": weights}))
+    images = made_images(4000 + num_stages)
+    with torch.inference_mode():
+        single = network.predict(images)
+        heads = torch.cat([torch.stack(stage) for stage in network.double()(images.double())]).flatten(1)
+    largest = np.abs(expected["final_sample"]).max()
+    assert np.abs(single.flatten()[::97].numpy() - expected["final_sample"]).max() < 1e-5 * largest
+    assert np.abs(heads.mean(1).numpy() - expected["heads_mean"]).max() < 1e-9 * largest
+    assert np.abs(heads.std(1).numpy() - expected["heads_std"]).max() < 1e-9 * largest
+
+
+def test_the_authors_file_gives_their_way_of_cropping_and_decoding(tmp_path: Path) -> None:
+    weights = official(num_stages=2)
+    path = saved(tmp_path, {"model": weights, "optimizer": {"state": {}}, "scheduler": {}, "iteration": 96000})
+    network, spec = read_checkpoint(path)
+    assert spec.network == MSPNConfig(num_joints=17, num_stages=2, **NARROW)
+    assert (spec.colour, spec.mean, spec.std) == ("BGR", (0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
+    assert (spec.box_padding_wh, spec.decoding) == ((1.09, 1.135), Decoding(variant="official", blur_kernel=5))
+    assert spec.skeleton == COCO17.to_json()
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+def test_mmposes_file_gives_mmposes_way_of_cropping_and_decoding(tmp_path: Path) -> None:
+    path = publish(tmp_path, {"meta": {"epoch": 210}, "state_dict": mmpose(num_stages=2)})
+    network, spec = read_checkpoint(path)
+    assert spec.network == MSPNConfig(num_joints=17, num_stages=2, **NARROW)
+    assert (spec.colour, spec.mean, spec.std) == ("RGB", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (spec.box_padding_wh, spec.decoding) == ((1.25, 1.25), Decoding(variant="mmpose", blur_kernel=5))
+    assert spec.source["checkpoint"] == path.name
+    assert spec.source["sha256"][:8] in path.name
+    biases = [tensor for name, tensor in network.state_dict().items() if name.endswith("conv.bias")]
+    assert biases
+    assert not any(bias.any() for bias in biases)
+
+
+def test_the_authors_mpii_network_has_their_other_crops_and_blur(tmp_path: Path) -> None:
+    _, spec = read_checkpoint(saved(tmp_path, {"model": official(joints=16)}))
+    assert spec.skeleton == MPII16.to_json()
+    assert (spec.input_size_wh, spec.box_padding_wh, spec.decoding.blur_kernel) == ((256, 256), (1.25, 1.25), 9)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "model.module."])
+@pytest.mark.parametrize("around", [lambda weights: weights, lambda weights: {"state_dict": weights}])
+def test_what_several_gpus_put_before_the_names_is_taken_off(tmp_path: Path, wrapper: str, around: Any) -> None:
+    weights = official()
+    path = saved(tmp_path, around({wrapper + name: tensor for name, tensor in weights.items()}))
+    network, _ = read_checkpoint(path)
+    assert torch.equal(network.state_dict()["top.conv.conv.weight"], weights["top.conv.conv.weight"])
+
+
+def test_mmposes_newer_names_give_the_same_network(tmp_path: Path) -> None:
+    old = mmpose()
+    new = {name.replace("keypoint_head.", "head."): tensor for name, tensor in old.items()}
+    new |= {"data_preprocessor.mean": torch.zeros(3, 1, 1), "data_preprocessor.std": torch.ones(3, 1, 1)}
+    networks = [read_checkpoint(saved(tmp_path, {"state_dict": weights}))[0].state_dict() for weights in (old, new)]
+    assert all(torch.equal(networks[1][name], tensor) for name, tensor in networks[0].items())
+
+
+def test_a_file_of_an_old_torch_with_numpy_numbers_among_its_notes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    notes = {"epoch": 210, "config": "model = dict()", "hook_msgs": {"best_score": np.float64(0.723)}}
+    torch.save({"meta": notes, "state_dict": mmpose()}, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path)[1].network.num_stages == 1
+
+
+@pytest.mark.parametrize(("weights", "names"), [
+    (official(), ("top.conv.bn.weight", "stage0.upsample.up2.u_skip.conv.weight")),
+    (mmpose(), ("backbone.top.top.0.bn.weight", "backbone.multi_stage_mspn.0.upsample.up2.in_skip.conv.weight")),
+])
+def test_every_entry_that_does_not_fit_is_listed_by_its_name_in_the_file(
+        tmp_path: Path, weights: dict[str, Tensor], names: tuple[str, str]) -> None:
+    gone, misshapen = names
+    wrong = {name: tensor for name, tensor in weights.items() if name != gone}
+    wrong |= {"something.else": torch.zeros(2), misshapen: torch.zeros(32, 1, 1, 1)}
+    with pytest.raises(DataError) as refusal:
+        read_checkpoint(saved(tmp_path, {"state_dict": wrong}))
+    for part in (f"1 missing: {gone}", "1 unexpected: something.else", f"{misshapen} [32, 1, 1, 1] instead of"):
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("lost", ["stage0.upsample.up4.res_conv2", "top.conv", "stage0.downsample.layer1"])
+def test_a_file_without_a_whole_part_is_refused(tmp_path: Path, lost: str) -> None:
+    weights = {name: tensor for name, tensor in official().items() if not name.startswith(lost)}
+    with pytest.raises(DataError, match=f"missing.*{lost}|{lost}.*missing"):
+        read_checkpoint(saved(tmp_path, weights))
+
+
+def test_a_file_with_another_digest_than_its_name_says_is_refused(tmp_path: Path) -> None:
+    path = publish(tmp_path, {"state_dict": mmpose()})
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"SHA-256 begins with [0-9a-f]{8}, but it begins with"):
+        read_checkpoint(path)
+
+
+class Runs:
+    """A pickle of it calls a function when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool) -> None:
+    path, marker = tmp_path / "evil.pth", tmp_path / "it-ran"
+    torch.save({"meta": Runs(marker), "state_dict": mmpose()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DataError, match=r"mkdir.*nothing of it was run"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x80\x02}q\x00.", b"PK\x03\x04 cut off"])
+def test_bytes_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.pth"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"a": 1}}, {"weights": "none"}, torch.zeros(3), {}])
+def test_a_file_without_an_mspn_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(DataError, match="Give a checkpoint of MSPN"):
+        read_checkpoint(saved(tmp_path, content))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.pth: the checkpoint can't be read"):
+        read_checkpoint(tmp_path / "none.pth")
+
+
+def test_other_joints_need_a_skeleton_of_as_many(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": official(joints=5)})
+    with pytest.raises(DataError, match=r"5 joints.*give the skeleton"):
+        read_checkpoint(path)
+    with pytest.raises(DataError, match=r"5 joints.*'coco17' has 17"):
+        read_checkpoint(path, skeleton=COCO17)
+    five = Skeleton("hand", ("a", "b", "c", "d", "e"), (), (), (0.1,) * 5, ())
+    network, spec = read_checkpoint(path, skeleton=five, input_size_wh=(96, 96))
+    assert (spec.skeleton, spec.input_size_wh) == (five.to_json(), (96, 96))
+    assert network.predict(torch.zeros(1, 3, 96, 96)).shape == (1, 5, 24, 24)
