@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.record import record_run
 from jobs.start_ray import num_cpus, num_gpus, start_ray
 from pipeline import annotation_input as inputs
-from pipeline import keypoints, storage, tracking
+from pipeline import keypoints, storage
 from pipeline.config import AnnotateConfig, locations
 from pipeline.errors import DataError
 from pipeline.model_reference import FoundModel, download_model, find_model, upload_model
@@ -52,7 +53,8 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
                 return _result(config.output, job, units_done=0)
             done = _annotate_missing_units(config, job, choice)
     result = _seal(config, job, units_done=done)
-    _track(config, job, result)
+    record_run(config.tracking, "annotate", counts=result["counts"], dataset=(config.output, job.digest),
+               params={"input": config.input, "output": config.output, "model_ref": config.model, **job.intent})
     return result
 
 
@@ -249,15 +251,3 @@ def _result(output: str, job: FrozenJob, *, units_done: int) -> dict[str, Any]:
                 counts["reasons"] or "", counts["persons"])
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
             "units_annotated": units_done, "counts": counts}
-
-
-def _track(config: AnnotateConfig, job: FrozenJob, result: dict[str, Any]) -> None:
-    """Tell MLflow what was annotated by which model. The dataset is whole without it: trouble is only a warning."""
-    counts = {name: value for name, value in result["counts"].items() if isinstance(value, int)}
-    try:
-        with tracking.open_run(config.tracking, name="annotate") as run:
-            run.log_params({"input": config.input, "output": config.output, "model": config.model,
-                            **{name: str(value) for name, value in job.intent.items()}})
-            run.log_metrics({**counts, **{f"rejected_{k}": v for k, v in result["counts"]["reasons"].items()}}, step=0)
-    except Exception as error:
-        logger.warning("the run is not in MLflow: %s", error)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jobs.record import record_run
 from jobs.start_ray import num_cpus, start_ray
 from pipeline import shards, storage
 from pipeline.coco import AnnotatedImage, Annotations, parse_annotations
@@ -53,7 +54,10 @@ def run(config: ShardConfig) -> dict[str, Any]:
         refuse_other_intent(job, config.output, input=inputs, intent=intent)
     written = _write_missing_parts(config, job, annotations)
     _seal(config.output, job, annotations, annotations_sha256)
-    return _result(config.output, written=written)
+    result = _result(config.output, written=written)
+    record_run(config.tracking, "shard", params={**inputs, "output": config.output, **intent},
+               counts=result["counts"], dataset=(config.output, job.digest))
+    return result
 
 
 def _read_annotations(uri: str | None) -> tuple[Annotations | None, str | None]:

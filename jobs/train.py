@@ -8,7 +8,7 @@ last one, whatever ended the run before. `model.json`, put last, makes the outpu
 import copy
 import hashlib
 import importlib.metadata
-import io
+import json
 import logging
 import os
 import subprocess
@@ -205,9 +205,10 @@ def _fit(task: TrainTask) -> None:
 
     least, most = _num_workers(task.intent["workers"])
     use_gpu = num_gpus() > 0
-    if num_cpus_total() < most + 1:
-        logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: they wait until there "
-                       "are more", most, most + 1, num_cpus_total())
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if cpus < least + 1:
+        logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: training waits until "
+                       "there are more", least, least + 1, cpus)
     filesystem, path = storage.arrow_filesystem(task.config.output)
     trainer = TorchTrainer(
         train_worker, train_loop_config={"task": task},
@@ -225,13 +226,6 @@ def _fit(task: TrainTask) -> None:
         raise _plain(error) from None
     if answer is not None:
         raise DataError(answer)
-
-
-def num_cpus_total() -> int:
-    """Logical CPUs that Ray gives out."""
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def _plain(error: Exception) -> Exception:
@@ -261,8 +255,138 @@ def _result(config: TrainConfig) -> dict[str, Any]:
 def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:
     marker = storage.join(config.output, f"_registered-{config.register_as}.json")
     if storage.exists(marker):
-        return json_object(storage.read_object(marker))
+        return dict(json.loads(storage.read_object(marker)))
     registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
                                                    run_id=spec.source["run_id"], alias=config.alias)
-    storage.put_if_absent(marker, json_bytes(registered))
+    storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
+
+
+# --- a worker -----------------------------------------------------------------------------------------------------
+
+
+def train_worker(settings: dict[str, Any]) -> str | None:
+    """One rank's training, from the last checkpoint to the end of the schedule; what went wrong, if all ranks agree.
+
+    Every rank walks through the same iterations, so that each collective meets its like on the others.
+    """
+    import ray.train
+
+    task: TrainTask = settings["task"]
+    _log_from_worker()
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    torch.set_num_threads(task.config.threads or _threads())
+    worker = _open_worker(task, rank, world)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(_worker_run(task, rank))
+        return _train_to_the_end(task, worker, run)
+
+
+@dataclass
+class Worker:
+    """What a rank holds while it trains."""
+
+    rank: int
+    world: int
+    device: torch.device
+    spec: ModelSpec
+    network: MSPN
+    wrapped: torch.nn.Module  # the network, or the wrapper that averages gradients over the ranks
+    optimiser: torch.optim.Optimizer
+    state: training.TrainingState
+
+
+def _log_from_worker() -> None:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _threads() -> int:
+    """This worker's share of its machine's cores. Ray sets OMP_NUM_THREADS=1 for a worker of one CPU."""
+    import ray.train
+
+    return max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
+
+
+def _open_worker(task: TrainTask, rank: int, world: int) -> Worker:
+    import ray.train.torch
+
+    device = ray.train.torch.get_device()
+    network, spec = new_network(task)
+    network = network.to(device, memory_format=torch.channels_last).train()
+    optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
+    state = _restore(network, optimiser) or training.TrainingState(0, (0,) * world)
+    wrapped: torch.nn.Module = network
+    if world > 1:
+        # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
+        wrapped = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return Worker(rank, world, device, spec, network, wrapped, optimiser, state)
+
+
+def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
+    """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
+    config, skeleton = task.config, task.data.skeleton
+    assert skeleton is not None
+    torch.manual_seed(config.seed)
+    asked = MSPNConfig(num_joints=skeleton.num_joints, **config.network.model_dump())
+    if config.init is not None:
+        return _initial_model(task, asked)
+    network = MSPN(asked)
+    training.scale_heatmaps(network, config.optimiser.heatmap_scale)
+    if config.trunk is not None:
+        weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
+        load_trunk(network, weights, colour="BGR")
+    return network, ModelSpec(network=asked, skeleton=skeleton.to_json())
+
+
+def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
+    """The model of `init`, whose architecture is taken unless the settings give one."""
+    with tempfile.TemporaryDirectory() as folder:
+        network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
+    given = "network" in task.config.model_fields_set
+    if (given and network.config != asked) or spec.skeleton != task.data.skeleton.to_json():
+        raise ConfigError(f"init {task.config.init}: it is {network.config} for {spec.skeleton['name']}, but asked for "
+                          f"is {asked} for the data's joints. Leave `network` out, or begin from another model.")
+    return network, spec
+
+
+def _restore(network: MSPN, optimiser: torch.optim.Optimizer) -> training.TrainingState | None:
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return training.load_state(Path(folder, STATE_FILE).read_bytes(), network, optimiser)
+
+
+def _worker_run(task: TrainTask, rank: int) -> Any:
+    """The driver's run, continued by rank 0; nothing is kept by the others."""
+    settings = task.config.tracking
+    if rank != 0 or task.run_id is None:
+        settings = settings.model_copy(update={"enabled": False})
+    return tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True)
+
+
+def _train_to_the_end(task: TrainTask, worker: Worker, run: tracking.Run) -> str | None:
+    config = task.config
+    schedule = _schedule(config, worker.world)
+    progress = Progress(worker, schedule, config.optimiser.batch_size_per_worker, run)
+    evaluation: dict[str, float] = {}
+    positions = worker.state.positions
+    for iteration, batch in _numbered_batches(task, worker, progress):
+        report = training.train_step(
+            worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=iteration,
+            rate=training.learning_rate(iteration, schedule), spec=worker.spec, ohkm_joints=config.loss.ohkm_joints,
+            occluded=config.loss.occluded, bfloat16=task.intent["precision"] == "bfloat16")
+        progress.took(report)
+        due = iteration % config.validate_every == 0 or iteration == schedule.iterations
+        if due or iteration % REPORT_EVERY == 0:
+            failures = [found for found in _gather(worker, training.divergence(progress.reports)) if found]
+            if failures:
+                return failures[0]
+            progress.report()
+        if due:
+            ...
+    return None

@@ -303,7 +303,8 @@ _CSS = """
 body { margin: 0; background: var(--ground); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
 main { max-width: 1360px; margin: 0 auto; padding: 28px 24px 64px }
-h1 { font-size: 26px; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere } h2 { font-size: 19px; margin: 40px 0 2px }
+h1 { font-size: 26px; margin: 0; letter-spacing: -.01em;
+  overflow-wrap: anywhere } h2 { font-size: 19px; margin: 40px 0 2px }
 p { margin: 0 } .quiet { color: var(--quiet) }
 code, .key { font-family: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; font-size: 13px }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;

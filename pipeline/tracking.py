@@ -201,6 +201,7 @@ def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, 
     client, entity = _start(tracking, name=name, run_id=run_id, owned=owned)
     run = Run(client, location=str(tracking.uri), run_id=entity.info.run_id,
               url=_run_url(str(tracking.uri), entity.info))
+    logger.info("tracked as run %s", run.url or run.run_id)
     with _system_metrics(run, enabled=system_metrics), _terminated(run, client, owned=owned):
         yield run
 
@@ -251,6 +252,8 @@ def _system_metrics(run: Run, *, enabled: bool) -> Iterator[None]:
 def _client(tracking: TrackingConfig) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # it prints each run's address as it was given, with user and password: whatever is set, not here
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     # importing takes 2 to 3 s, and reads the environment
     import mlflow
 

@@ -54,7 +54,8 @@ def test_names_translate_to_exactly_mmposes(num_stages: int) -> None:
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_mmposes_file_gives_mmposes_heatmaps(tmp_path: Path, num_stages: int) -> None:
     with np.load(GOLDEN / "mspn.npz") as archive:
-        expected = {name: archive[f"mmpose_s{num_stages}_{name}"] for name in ("final_sample", "heads_mean", "heads_std")}
+        names = ("final_sample", "heads_mean", "heads_std")
+        expected = {name: archive[f"mmpose_s{num_stages}_{name}"] for name in names}
     weights = made_weights(published_keys("mmpose", num_stages), 3000 + num_stages)
     network, _ = read_checkpoint(publish(tmp_path, {"meta": {"epoch": 210}, "state_dict": weights}))
     images = made_images(4000 + num_stages)

@@ -1,9 +1,11 @@
 """What tracking promises: runs that others can continue, models that come back as they went, no secrets."""
 
 import contextlib
+import http.server
 import json
 import logging
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -210,6 +212,38 @@ def test_an_unreachable_server_is_named_without_its_password_within_seconds(monk
     assert "s3cret" not in str(error.value)
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
+
+
+class TinyTrackingServer(http.server.BaseHTTPRequestHandler):
+    """As much of MLflow's REST interface as one run needs."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        run = {"info": {"run_id": "r1", "experiment_id": "7", "status": "RUNNING"}, "data": {}}
+        answer = json.dumps({"experiment": {"experiment_id": "7", "name": "pose", "lifecycle_stage": "active"},
+                             "run": run, "run_info": run["info"]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_run_on_a_server_never_shows_the_password(capfd, caplog):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), TinyTrackingServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+
+    with caplog.at_level(logging.DEBUG), open_run(TrackingConfig(uri=f"http://ann:s3cret@{address}"), name="x") as run:
+        run.log_metrics({"ap": 1.0})
+    server.shutdown()
+
+    assert run.url == f"http://{address}/#/experiments/7/runs/r1"
+    assert run.url in caplog.text
+    assert "s3cret" not in caplog.text + "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(("text", "shown"), [
