@@ -20,16 +20,11 @@ def start_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
-        logger.info("connected to the Ray cluster at RAY_ADDRESS: %s", _resources())
-    else:
-        # "local", not the default: a stale address file of an earlier cluster would otherwise be tried first.
-        # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), log_to_driver=True,
-                 logging_level=logging.WARNING)
-        logger.info("started a local Ray: %s", _resources())
+    try:
+        _connect()
+    except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError) as error:
+        raise OSError(f"Ray could not be started or reached: {error}. Check RAY_ADDRESS; on a busy machine, "
+                      "try again.") from error
     # its own account of plans and operators is for who develops it; ours says what is done
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # the only way to bound an actor's restarts
@@ -37,6 +32,20 @@ def start_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect() -> None:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+        logger.info("connected to the Ray cluster at RAY_ADDRESS: %s", _resources())
+        return
+    # "local", not the default: a stale address file of an earlier cluster would otherwise be tried first.
+    # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
+    ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), log_to_driver=True,
+             logging_level=logging.WARNING)
+    logger.info("started a local Ray: %s", _resources())
 
 
 def _resources() -> str:

@@ -5,63 +5,29 @@ uint8 crops and joints. Ray Train keeps checkpoints under `<output>/_checkpoints
 last one, whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
-import copy
-import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from jobs.import_model import put_model
-from jobs.start_ray import num_cpus, num_gpus, start_ray
-from pipeline import samples, storage, tracking, training
+from jobs.start_ray import num_gpus, start_ray
+from jobs.train_worker import INIT_FOLDER, TrainTask, schedule_of, train_worker
+from pipeline import samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation import evaluation_metrics
-from pipeline.model.directory import SPEC_FILE, ModelSpec, load_model, model_digest, read_spec, save_model
-from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
+from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, upload_model
-from pipeline.pose.augment import Augmentation
-from pipeline.prediction import Predictor
 from pipeline.shards import ShardDataset, open_shards
 from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
-from pipeline.validation import PREVIEWS, ValidatedPicture, evaluate_pictures, preview_sheet, validate_part
 
 logger = logging.getLogger("jobs.train")
 CHECKPOINTS = "_checkpoints"
-STATE_FILE = "state.pt"
-INIT_FOLDER = "_init"
 MAX_FAILURES = 3  # of worker groups; each restart costs some 20 s and what came after the last checkpoint
-REPORT_EVERY = 20  # iterations between metrics, as the authors log, and between looks for a loss that isn't finite
-PROGRESS_EVERY_S = 10
-PREFETCH_BATCHES = 4
 PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflow")
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """What every worker is given."""
-
-    config: TrainConfig
-    data: ShardDataset
-    val: ShardDataset | None
-    intent: dict[str, Any]
-    counts: list[int]  # trainable persons in each shard of `data`
-    source: dict[str, Any]  # what model.json says of the model's origin
-    run_id: str | None
-
-
-# --- the driver ---------------------------------------------------------------------------------------------------
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -130,14 +96,14 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], d
     """Everything between an open Ray and the model directory."""
     intent = _intent(config, job, data)
     counts = samples.trainable_counts(data)
-    _schedule(config, 1)  # refuses a warm-up that doesn't end
+    schedule_of(config, world=1)  # refuses a warm-up that doesn't end
     _refuse_too_many_workers(intent["workers"], counts, config)
     if job is not None:
         refuse_other_intent(job, config.output, input=inputs, intent=intent)
     run_id = None if job is None else job.about["run_id"]
     with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
         if job is None:
-            _freeze_init(config)
+            _put_initial_model(config)
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
             refuse_other_intent(job, config.output, input=inputs, intent=intent)
         _log_begin(run, config, job)
@@ -154,14 +120,7 @@ def _num_workers(workers: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def _schedule(config: TrainConfig, world: int) -> training.Schedule:
-    """The rate grows with the number of workers, and so with the whole batch, as the authors have it."""
-    optimiser = config.optimiser
-    return training.Schedule(optimiser.learning_rate_per_worker * world, optimiser.iterations,
-                             optimiser.warmup_iterations, optimiser.warmup_factor)
-
-
-def _freeze_init(config: TrainConfig) -> None:
+def _put_initial_model(config: TrainConfig) -> None:
     """Put the model to begin from beside the run, where every worker finds the same one."""
     if config.init is None:
         return
@@ -261,132 +220,3 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
 
-
-# --- a worker -----------------------------------------------------------------------------------------------------
-
-
-def train_worker(settings: dict[str, Any]) -> str | None:
-    """One rank's training, from the last checkpoint to the end of the schedule; what went wrong, if all ranks agree.
-
-    Every rank walks through the same iterations, so that each collective meets its like on the others.
-    """
-    import ray.train
-
-    task: TrainTask = settings["task"]
-    _log_from_worker()
-    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    torch.set_num_threads(task.config.threads or _threads())
-    worker = _open_worker(task, rank, world)
-    with contextlib.ExitStack() as stack:
-        run = stack.enter_context(_worker_run(task, rank))
-        return _train_to_the_end(task, worker, run)
-
-
-@dataclass
-class Worker:
-    """What a rank holds while it trains."""
-
-    rank: int
-    world: int
-    device: torch.device
-    spec: ModelSpec
-    network: MSPN
-    wrapped: torch.nn.Module  # the network, or the wrapper that averages gradients over the ranks
-    optimiser: torch.optim.Optimizer
-    state: training.TrainingState
-
-
-def _log_from_worker() -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
-def _threads() -> int:
-    """This worker's share of its machine's cores. Ray sets OMP_NUM_THREADS=1 for a worker of one CPU."""
-    import ray.train
-
-    return max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
-
-
-def _open_worker(task: TrainTask, rank: int, world: int) -> Worker:
-    import ray.train.torch
-
-    device = ray.train.torch.get_device()
-    network, spec = new_network(task)
-    network = network.to(device, memory_format=torch.channels_last).train()
-    optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
-    state = _restore(network, optimiser) or training.TrainingState(0, (0,) * world)
-    wrapped: torch.nn.Module = network
-    if world > 1:
-        # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-        wrapped = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
-    return Worker(rank, world, device, spec, network, wrapped, optimiser, state)
-
-
-def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
-    """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
-    config, skeleton = task.config, task.data.skeleton
-    assert skeleton is not None
-    torch.manual_seed(config.seed)
-    asked = MSPNConfig(num_joints=skeleton.num_joints, **config.network.model_dump())
-    if config.init is not None:
-        return _initial_model(task, asked)
-    network = MSPN(asked)
-    training.scale_heatmaps(network, config.optimiser.heatmap_scale)
-    if config.trunk is not None:
-        weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
-        load_trunk(network, weights, colour="BGR")
-    return network, ModelSpec(network=asked, skeleton=skeleton.to_json())
-
-
-def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
-    """The model of `init`, whose architecture is taken unless the settings give one."""
-    with tempfile.TemporaryDirectory() as folder:
-        network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
-    given = "network" in task.config.model_fields_set
-    if (given and network.config != asked) or spec.skeleton != task.data.skeleton.to_json():
-        raise ConfigError(f"init {task.config.init}: it is {network.config} for {spec.skeleton['name']}, but asked for "
-                          f"is {asked} for the data's joints. Leave `network` out, or begin from another model.")
-    return network, spec
-
-
-def _restore(network: MSPN, optimiser: torch.optim.Optimizer) -> training.TrainingState | None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return training.load_state(Path(folder, STATE_FILE).read_bytes(), network, optimiser)
-
-
-def _worker_run(task: TrainTask, rank: int) -> Any:
-    """The driver's run, continued by rank 0; nothing is kept by the others."""
-    settings = task.config.tracking
-    if rank != 0 or task.run_id is None:
-        settings = settings.model_copy(update={"enabled": False})
-    return tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True)
-
-
-def _train_to_the_end(task: TrainTask, worker: Worker, run: tracking.Run) -> str | None:
-    config = task.config
-    schedule = _schedule(config, worker.world)
-    progress = Progress(worker, schedule, config.optimiser.batch_size_per_worker, run)
-    evaluation: dict[str, float] = {}
-    positions = worker.state.positions
-    for iteration, batch in _numbered_batches(task, worker, progress):
-        report = training.train_step(
-            worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=iteration,
-            rate=training.learning_rate(iteration, schedule), spec=worker.spec, ohkm_joints=config.loss.ohkm_joints,
-            occluded=config.loss.occluded, bfloat16=task.intent["precision"] == "bfloat16")
-        progress.took(report)
-        due = iteration % config.validate_every == 0 or iteration == schedule.iterations
-        if due or iteration % REPORT_EVERY == 0:
-            failures = [found for found in _gather(worker, training.divergence(progress.reports)) if found]
-            if failures:
-                return failures[0]
-            progress.report()
-        if due:
-            ...
-    return None

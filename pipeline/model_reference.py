@@ -26,7 +26,9 @@ def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> Found
     """
     if tracking.is_model_reference(reference):
         version = tracking.registered_version(reference, tracking=settings)
-        directory = tracking.resolve_model(reference, tracking=settings, into=into)
+        # an alias may move at any moment: what is downloaded is the version that it meant just now
+        fixed = version.reference if version else reference
+        directory = tracking.resolve_model(fixed, tracking=settings, into=into)
         return FoundModel(directory, version.name if version else reference, version.version if version else None)
     uri = storage.normalise(reference)
     if storage.is_remote(uri):

@@ -8,7 +8,7 @@ in the stream is its *slot*; a run goes on from the slot after the last one that
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,22 @@ def turn_samples(dataset: ShardDataset, turn: Turn, recipe: SampleRecipe) -> Ite
     if not taken and not turn.skip:
         raise DataError(f"{dataset.uri}: none of the {slot - turn.slot} persons in {part.name} can be cropped. Check "
                         "its pictures with `shard --set validate=full`.")
+
+
+def cut_batches(blocks: Iterable[Arrays], batch_size: int) -> Iterator[Arrays]:
+    """The stream of blocks in batches of exactly `batch_size`, whatever the blocks' sizes; a rest is left out."""
+    held: list[Arrays] = []
+    num_held = 0
+    for block in blocks:
+        held.append(block)
+        num_held += len(block["slot"])
+        if num_held < batch_size:
+            continue
+        joined = {name: np.concatenate([each[name] for each in held]) for name in block}
+        whole = num_held - num_held % batch_size
+        for start in range(0, whole, batch_size):
+            yield {name: values[start:start + batch_size] for name, values in joined.items()}
+        held, num_held = [{name: values[whole:] for name, values in joined.items()}], num_held - whole
 
 
 def _trainable_persons(table: pa.Table) -> list[list[dict[str, Any]]]:

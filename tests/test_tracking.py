@@ -226,7 +226,7 @@ class TinyTrackingServer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    do_GET = do_POST = answer
+    do_GET = do_POST = answer  # noqa: N815 - the names that http.server calls
 
     def log_message(self, *_: object) -> None:
         pass

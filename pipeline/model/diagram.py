@@ -31,7 +31,8 @@ WIDTH = 1012
 LEFT, PITCH, BOX_WIDTH, HEAD_WIDTH = 58, 232, 140, 150  # of the columns, and of what stands in them
 LANE = 34  # x of what enters a stage's first layer
 SKIP2, FEATURE = 168, 196  # x of a column's two downward lines
-STEM_TOP, FIRST_CARD, CARD_HEIGHT, BETWEEN = 84, 218, 392, 92
+ADD, ADD_WIDTH = 156, 52  # x and width of the sum that they end in
+STEM_TOP, FIRST_CARD, CARD_HEIGHT, BETWEEN = 78, 200, 392, 92
 TRUNK, TRUNK_HEIGHT = 40, 62  # y within a card, and height
 UNIT, UNIT_HEIGHT = 134, 92
 HEAD, HEAD_HEIGHT = 256, 122
@@ -155,9 +156,11 @@ def lessons(num_stages: int) -> list[list[Lesson]]:
 def diagram(config: MSPNConfig) -> str:
     """The picture of a network as an SVG document; each part is a group with its state-dict name as id."""
     facts = facts_of(config)
-    drawing = _header(facts) + _legend(facts) + _stem(facts)
-    for index in range(config.num_stages):
-        drawing += _stage(facts, index)
+    drawing = _header(facts) + _legend(facts)
+    for draw in (_card, _ways, _parts):  # what is drawn later lies above
+        for index in range(config.num_stages):
+            drawing += draw(facts, index)
+    drawing += _stem(facts)
     height = _card_top(config.num_stages) - BETWEEN + 16
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
              f'height="{height}" role="img">', f"<title>{escape(_title(config))}</title>", _style(), _tips(),
@@ -171,7 +174,7 @@ def _title(config: MSPNConfig) -> str:
 
 def _header(facts: Facts) -> Drawing:
     num_parameters = sum(parameter.numel() for parameter in facts.network.parameters())
-    notes = f"{num_parameters:,} parameters. Shapes are channels × height × width, without the batch."
+    notes = f"{num_parameters:,} parameters"
     return [_text(16, 34, _title(facts.network.config), "text title"), _text(16, 56, notes, "faint")]
 
 
@@ -190,44 +193,58 @@ def _stem(facts: Facts) -> Drawing:
             *_group("top", [_box(164, STEM_TOP, 196, 76, "trunk"), *lines])]
 
 
-def _stage(facts: Facts, index: int) -> Drawing:
-    top, stage = _card_top(index), facts.network.stages[index]
-    what = ("the last stage hands nothing over; its finest head is the network's answer" if stage.is_last
-            else f"hands over to stage {index + 1}: its finest features, and skip1 + skip2 at each resolution")
-    card = [_box(8, top, WIDTH - 16, CARD_HEIGHT, "card"), _text(LEFT, top + 24, f"stage{index}", "text stage"),
+def _card(facts: Facts, index: int) -> Drawing:
+    top = _card_top(index)
+    what = "the last" if facts.network.stages[index].is_last else ""
+    return [_box(8, top, WIDTH - 16, CARD_HEIGHT, "card"), _text(LEFT, top + 24, f"stage{index}", "text stage"),
             _text(LEFT + 64, top + 24, what, "faint")]
-    ways, parts = [], []
+
+
+def _ways(facts: Facts, index: int) -> Drawing:
+    ways: Drawing = []
     for column in range(UNITS):
-        ways += _trunk_ways(facts, index, column) + _unit_ways(column, top)
-        ways += [] if stage.is_last else _hand_over(facts, index, column)
+        ways += _trunk_ways(index, column) + _unit_ways(index, column)
+        ways += [] if facts.network.stages[index].is_last else _hand_over(facts, index, column)
+    return ways + ([] if facts.network.stages[index].is_last else _cross_conv(facts, index))
+
+
+def _parts(facts: Facts, index: int) -> Drawing:
+    parts: Drawing = []
+    for column in range(UNITS):
         parts += _layer(facts, index, column) + _unit(facts, index, column) + _head(facts, index, column)
-    lane = [] if stage.is_last else _cross_conv(facts, index)
-    return [*card, *_group(f"stage{index}", [*ways, *lane, *parts])]
+        parts += _add(index, column) if index > 0 else []
+    return _group(f"stage{index}", parts)
 
 
 def _layer(facts: Facts, index: int, column: int) -> Drawing:
     name = f"stage{index}.downsample.layer{column + 1}"
     layer, x, y = facts.network.get_submodule(name), _column(column), _card_top(index) + TRUNK
     assert isinstance(layer, nn.Sequential)
-    width = facts.passages[f"{name}.0.conv_bn_relu1"].gives[0]
+    width, shape = facts.passages[f"{name}.0.conv_bn_relu1"].gives[0], facts.passages[name].gives
     lines = [_text(x + 10, y + 18, f"layer{column + 1}", "text name"),
-             _text(x + 10, y + 35, f"{len(layer)} bottlenecks of {width}", "text"),
-             _text(x + 10, y + 52, _size(facts.passages[name].gives), "text")]
+             _text(x + BOX_WIDTH - 10, y + 18, f"1/{facts.passages['top'].takes[1] // shape[1]}", "faint", "end"),
+             _text(x + 10, y + 35, f"{len(layer)} blocks, width {width}", "text"),
+             _text(x + 10, y + 52, _size(shape), "text")]
     return _group(name, [_box(x, y, BOX_WIDTH, TRUNK_HEIGHT, "trunk"), *lines])
 
 
-def _trunk_ways(facts: Facts, index: int, column: int) -> Drawing:
-    """From a layer to the next one, by way of the sum with the skips; and down to the unit."""
+def _trunk_ways(index: int, column: int) -> Drawing:
+    """From a layer to the next one, where there are skips by way of the sum with them; and down to the unit."""
     top, x = _card_top(index), _column(column)
-    y, unit_y = top + TRUNK + TRUNK_HEIGHT / 2, top + UNIT + ROW_U_SKIP
-    end = _column(column + 1) if column < UNITS - 1 else x + FEATURE
-    ways = [_path([(x + BOX_WIDTH, y), (end, y)], tip=column < UNITS - 1),
-            _path([(x + FEATURE, y), (x + FEATURE, unit_y), (x + BOX_WIDTH, unit_y)])]
-    if index == 0:
-        return [*ways, _dot(x + FEATURE, y)] if column < UNITS - 1 else ways
-    add = [_box(x + 156, y - 12, 52, 24, "chip", radius=12), _text(x + 182, y + 5, "+", "text stage", "middle")]
-    return [*ways, _path([(x + BOX_WIDTH, y), (x + 156, y)]),
-            *_group(f"stage{index}.downsample.layer{column + 1}.add", add)]
+    y, unit_y, is_last = top + TRUNK + TRUNK_HEIGHT / 2, top + UNIT + ROW_U_SKIP, column == UNITS - 1
+    along = [(x + BOX_WIDTH, y), (x + FEATURE if is_last else _column(column + 1), y)]
+    down = [(x + FEATURE, y), (x + FEATURE, unit_y), (x + BOX_WIDTH, unit_y)]
+    if is_last:  # no next layer: one line, with one corner
+        return [_path([along[0], *down])] if index == 0 else [_path([along[0], (x + ADD, y)]), _path(down)]
+    branch = [_dot(x + FEATURE, y)] if index == 0 else [_path([along[0], (x + ADD, y)])]
+    return [_path(along), _path(down), *branch]
+
+
+def _add(index: int, column: int) -> Drawing:
+    """The sum of a layer's output and its two skips."""
+    x, y = _column(column) + ADD, _card_top(index) + TRUNK + TRUNK_HEIGHT / 2
+    sign = _text(x + ADD_WIDTH / 2, y + 5, "+", "text stage", "middle")
+    return _group(f"stage{index}.downsample.layer{column + 1}.add", [_box(x, y - 12, ADD_WIDTH, 24, "chip", radius=12), sign])
 
 
 def _unit(facts: Facts, index: int, column: int) -> Drawing:
@@ -244,9 +261,10 @@ def _unit(facts: Facts, index: int, column: int) -> Drawing:
     return _group(name, [_box(x, y, BOX_WIDTH, UNIT_HEIGHT, "unit"), *lines])
 
 
-def _unit_ways(column: int, top: int) -> Drawing:
+def _unit_ways(index: int, column: int) -> Drawing:
     """From a unit down to its head, and from the coarser unit into it."""
-    x, y = _column(column), top + UNIT
+    top, x = _card_top(index), _column(column)
+    y = top + UNIT
     ways = [_path([(x + BOX_WIDTH / 2, y + UNIT_HEIGHT), (x + BOX_WIDTH / 2, top + HEAD)])]
     if column == UNITS - 1:
         return ways
@@ -264,25 +282,26 @@ def _head(facts: Facts, index: int, column: int) -> Drawing:
                    "text wires") for part, row in (("res_conv1", 18), ("res_conv2", 33))]
     resized = facts.passages[f"{name}.res_conv2"].gives != facts.heatmap
     size = _text(x + 9, y + 49, ("resize to " if resized else "") + _size(facts.heatmap), "text")
-    end = _text(x + 9, y + 112, "inference reads this one" if is_answer else "in training only",
+    end = _text(x + 9, y + 112, "inference reads this" if is_answer else "in training only",
                 "good" if is_answer else "faint")
     box = _box(x, y, HEAD_WIDTH, HEAD_HEIGHT, "answer" if is_answer else "training")
     return _group(f"{name}.head", [box, *convs, size, *_lesson(facts.lessons[index][level - 1], x + 9, y + 60), end])
 
 
 def _lesson(lesson: Lesson, x: float, y: float) -> Drawing:
-    loss = "plain L2" if lesson.hardest is None else f"OHKM top {lesson.hardest}"
+    loss = "L2" if lesson.hardest is None else f"OHKM top {lesson.hardest}"
     weight = "" if lesson.weight == 1 else f" × 1/{round(1 / lesson.weight)}"
-    return [*_taps(lesson.kernel, x, y), _text(x + 68, y + 13, f"kernel {lesson.kernel}", "text"),
-            _text(x + 68, y + 29, loss + weight, "text")]
+    return [*_taps(lesson.kernel, x, y + 32), _text(x + 70, y + 13, f"kernel {lesson.kernel}", "text"),
+            _text(x + 70, y + 29, loss + weight, "text")]
 
 
-def _taps(kernel: int, x: float, y: float) -> Drawing:
-    """The target's profile across the joint, a bar for each cell, in a field of 60×32."""
-    taps = gaussian_taps(kernel) / gaussian_taps(kernel).max()
+def _taps(kernel: int, x: float, bottom: float, *, height: int = 32) -> Drawing:
+    """The target's profile across the joint, a bar for each cell, in a field 60 wide."""
+    tallest = gaussian_taps(kernel).max()
+    bars = [max(1, height * tap / tallest) for tap in gaussian_taps(kernel)]
     left = x + 2 * (max(KERNELS) - kernel)
-    return [f'<rect class="bar" x="{left + 4 * cell:g}" y="{y + 32 - max(1, 32 * tap):.1f}" width="3" '
-            f'height="{max(1, 32 * tap):.1f}"/>' for cell, tap in enumerate(taps.tolist())]
+    return [f'<rect class="bar" x="{left + 4 * cell:g}" y="{bottom - bar:.1f}" width="3" height="{bar:.1f}"/>'
+            for cell, bar in enumerate(bars)]
 
 
 def _hand_over(facts: Facts, index: int, column: int) -> Drawing:
@@ -291,26 +310,30 @@ def _hand_over(facts: Facts, index: int, column: int) -> Drawing:
     unit, name = top + UNIT, f"stage{index}.upsample.up{UNITS - column}"
     chips, add = top + CARD_HEIGHT + CHIP_TOP, next_top + TRUNK + TRUNK_HEIGHT / 2 - 12
     middle = x + CHIP_SKIP2
+    crossing = [(x + FEATURE, unit + ROW_UP_CONV - 6), (x + FEATURE, unit + ROW_UP_CONV + 6)]
     skip1 = [(x + FEATURE, unit + ROW_U_SKIP), (x + FEATURE, chips)]
     skip2 = [(x + BOX_WIDTH, unit + ROW_OUT), (x + SKIP2, unit + ROW_OUT), (x + SKIP2, chips - 11),
              (middle, chips - 11), (middle, chips)]
     back = [(middle, chips + CHIP_HEIGHT), (middle, chips + CHIP_HEIGHT + 14), (x + SKIP2, chips + CHIP_HEIGHT + 14),
             (x + SKIP2, add)]
-    return [_path(skip1, "halo", tip=False), _path(skip1, "cross"), _dot(x + FEATURE, unit + ROW_U_SKIP, "cross-tip"),
-            _path(skip2, "cross"), _path(back, "cross"),
+    return [
+        *_group(f"{name}.skip1", [
+            _path(crossing, "halo", tip=False), _path(skip1, "cross"), _dot(*skip1[0], "cross-tip"),
             _path([(x + FEATURE, chips + CHIP_HEIGHT), (x + FEATURE, add)], "cross"),
-            *_chip(facts, f"{name}.skip1", x + FEATURE - CHIP_WIDTH / 2, chips),
-            *_chip(facts, f"{name}.skip2", middle - CHIP_WIDTH / 2, chips)]
+            *_chip(facts, f"{name}.skip1", x + FEATURE - CHIP_WIDTH / 2, chips)]),
+        *_group(f"{name}.skip2", [_path(skip2, "cross"), _path(back, "cross"),
+                                  *_chip(facts, f"{name}.skip2", middle - CHIP_WIDTH / 2, chips)]),
+    ]  # fmt: skip
 
 
 def _cross_conv(facts: Facts, index: int) -> Drawing:
     """From the finest unit to the next stage's first layer."""
     top, name = _card_top(index), f"stage{index}.upsample.up{UNITS}.cross_conv"
     chips, out = top + CARD_HEIGHT + CHIP_TOP, top + UNIT + ROW_OUT
-    return [_path([(LEFT, out), (LANE, out), (LANE, chips)], "cross"),
-            _path([(LANE, chips + CHIP_HEIGHT), *_into_first_layer(_card_top(index + 1))], "cross"),
-            *_chip(facts, name, 14, chips),
-            _text(LANE + 8, chips + CHIP_HEIGHT + 18, _size(facts.passages[name].gives), "faint")]
+    size = _text(LANE + 8, chips + CHIP_HEIGHT + 18, _size(facts.passages[name].gives), "faint")
+    return _group(name, [_path([(LEFT, out), (LANE, out), (LANE, chips)], "cross"),
+                         _path([(LANE, chips + CHIP_HEIGHT), *_into_first_layer(_card_top(index + 1))], "cross"),
+                         *_chip(facts, name, 14, chips), size])
 
 
 def _chip(facts: Facts, name: str, x: float, y: float) -> Drawing:
@@ -318,28 +341,33 @@ def _chip(facts: Facts, name: str, x: float, y: float) -> Drawing:
     words = part if part == "cross_conv" else f"{part} {_conv(facts, name)}"
     wires = _wires(facts, name) if part != "cross_conv" else f"{_conv(facts, name)} {_wires(facts, name)}"
     middle = x + CHIP_WIDTH / 2
-    return _group(name, [_box(x, y, CHIP_WIDTH, CHIP_HEIGHT, "chip"), _text(middle, y + 14, words, "text wires", "middle"),
-                         _text(middle, y + 28, wires, "text wires", "middle")])
+    return [_box(x, y, CHIP_WIDTH, CHIP_HEIGHT, "chip"), _text(middle, y + 14, words, "text wires", "middle"),
+            _text(middle, y + 28, wires, "text wires", "middle")]
 
 
 def _legend(facts: Facts) -> Drawing:
-    x, y, right = 398, 30, 712
-    swatches = [("trunk", "stem and trunk (a ResNet-50's layers)"), ("unit", "upsample unit"),
-                ("training", "head that only training computes"), ("answer", "head that inference reads")]
-    drawing = [item for row, (kind, words) in enumerate(swatches)
-               for item in (_box(x, y + 24 * row - 11, 24, 15, kind, radius=4), _text(x + 34, y + 24 * row, words, "text"))]
-    drawing += [_path([(right, y - 4), (right + 26, y - 4)], "cross"),
-                _text(right + 36, y, "handed over to the next stage", "text"),
-                _box(right, y + 13, 26, 15, "chip", radius=8), _text(right + 13, y + 25, "+", "text name", "middle"),
-                _text(right + 36, y + 24, "added to the layer's output, no ReLU after", "text"),
-                *[bar for bar in _taps(5, right - 17, y + 22)],
-                _text(right + 36, y + 48, "target: 1 at the joint, blurred over n cells", "text"),
-                _text(right + 36, y + 72, "OHKM: only a person's hardest joints count", "text")]
+    x, right, rows = 398, 676, [34, 58, 82, 106]
+    left_words = ["stem and trunk: a ResNet-50's layers", "upsample unit", "head that only training computes",
+                  "head that inference reads"]
+    right_words = ["handed over to the next stage", "added to the layer's output, no ReLU after",
+                   "target across the joint, a bar for each cell", "only a person's hardest joints count"]
     bare = sorted({name.rsplit(".", 1)[1] for name, module in facts.network.named_modules()
                    if isinstance(module, ConvBNReLU) and not module.relu and ".upsample." in name})
-    notes = ["n×n a→b: a convolution from a to b channels, then batch norm, then ReLU",
-             f"(no ReLU in {', '.join(bare)}). resize: bilinear, corners aligned."]
-    return _group("legend", drawing + [_text(x, y + 100 + 17 * row, note, "faint") for row, note in enumerate(notes)])
+    notes = [f"n×n a→b: convolution from a to b channels, batch norm, ReLU (none in {', '.join(bare)})",
+             "sizes: channels × height × width; resize: bilinear, corners aligned; L2: mean squared error",
+             "loss: the sum over all heads"]
+    return _group("legend", [
+        *[_box(x, row - 12, 26, 15, kind, radius=4)
+          for row, kind in zip(rows, ("trunk", "unit", "training", "answer"), strict=True)],
+        *[_text(x + 36, row, words, "text") for row, words in zip(rows, left_words, strict=True)],
+        _path([(right - 2, rows[0] - 4), (right + 28, rows[0] - 4)], "cross"),
+        _box(right, rows[1] - 12, 26, 15, "chip", radius=8),
+        _text(right + 13, rows[1], "+", "text name", "middle"),
+        *_taps(KERNELS[-1], right - 17, rows[2] + 3, height=16),
+        _text(right + 13, rows[3], "OHKM", "text", "middle"),
+        *[_text(right + 42, row, words, "text") for row, words in zip(rows, right_words, strict=True)],
+        *[_text(x, 137 + 17 * row, note, "faint") for row, note in enumerate(notes)],
+    ])  # fmt: skip
 
 
 # --- words and places ---------------------------------------------------------------------------------------------
