@@ -32,25 +32,24 @@ PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflo
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train; says where the model is, how good it is, and under which name it was registered."""
-    config = locations(config, "data", "output", "val")
+    config = locations(config, "data", "output", "val", "trunk")
     config = config.model_copy(update={"tracking": tracking.located(config.tracking)})
-    for data in filter(None, (config.data, config.val)):
-        storage.refuse_overlap(data, config.output)
+    for uri in filter(None, (config.data, config.val)):
+        storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
     pinned = {} if job is None or job.input["data"] != config.data else job.input
     data = _open_data(config.data, pinned.get("data_version"))
     val = None if config.val is None else _open_data(config.val, pinned.get("val_version"))
     _refuse_other_joints(data, val)
     inputs = _inputs(config, data, val)
-    if not storage.exists(storage.join(config.output, SPEC_FILE)):
+    if storage.exists(storage.join(config.output, SPEC_FILE)):
+        _refuse_other_model(config, job, inputs, data)
+        logger.info("%s holds the finished model; nothing was trained", config.output)
+    else:
         if job is None:
             storage.prove_put_if_absent(config.output)
         with start_ray():
             _train(config, job, inputs, data, val)
-    else:
-        assert job is not None or _refuse_foreign_model(config.output)
-        refuse_other_intent(job, config.output, input=inputs, intent=_intent(config, job, data))
-        logger.info("%s holds the finished model; nothing was trained", config.output)
     return _result(config)
 
 
@@ -67,8 +66,10 @@ def _refuse_other_joints(data: ShardDataset, val: ShardDataset | None) -> None:
                           f"{data.skeleton} and {val.skeleton}.")
 
 
-def _refuse_foreign_model(output: str) -> bool:
-    raise ConfigError(f"{output} holds a model that this job didn't train. Choose another --output.")
+def _refuse_other_model(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], data: ShardDataset) -> None:
+    if job is None:
+        raise ConfigError(f"{config.output} holds a model that was not trained there. Choose another --output.")
+    refuse_other_intent(job, config.output, input=inputs, intent=_intent(config, job, data))
 
 
 def _inputs(config: TrainConfig, data: ShardDataset, val: ShardDataset | None) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
         intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
+    if config.trunk is not None:
+        intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
     return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
 
 
@@ -130,8 +133,8 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    recipe = {name: job.intent[name] for name in ("network", "optimiser", "loss", "augmentation", "workers", "precision",
-                                                  "trunk", "init")}
+    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init")
+    recipe = {name: job.intent[name] for name in names}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}

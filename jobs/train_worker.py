@@ -29,6 +29,7 @@ from pipeline.model.directory import ModelSpec, load_model, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model_reference import download_model
 from pipeline.pose.augment import Augmentation
+from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.samples import Arrays
 from pipeline.shards import ShardDataset
@@ -90,8 +91,10 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(task.config.threads or _threads())
     worker = _open_worker(task, rank, world)
+    failure = None
     with _worker_run(task, rank) as run:
-        return _train(worker, run)
+        failure = _train(worker, run)
+    return failure
 
 
 def _train(worker: Worker, run: tracking.Run) -> str | None:
@@ -140,7 +143,7 @@ def _threads() -> int:
     """This worker's share of its machine's cores. Ray sets OMP_NUM_THREADS=1 for a worker of one CPU."""
     import ray.train
 
-    return max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
+    return max(1, (os.cpu_count() or 1) // int(ray.train.get_context().get_local_world_size()))
 
 
 def _open_worker(task: TrainTask, rank: int, world: int) -> Worker:
@@ -148,7 +151,8 @@ def _open_worker(task: TrainTask, rank: int, world: int) -> Worker:
 
     device = ray.train.torch.get_device()
     network, spec = new_network(task)
-    network = network.to(device, memory_format=torch.channels_last).train()
+    # half as fast again on CPUs
+    network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
     state = _restore(network, optimiser) or training.TrainingState(0, (0,) * world)
     if rank == 0 and state.iteration:
@@ -168,7 +172,6 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     if config.init is not None:
         return _initial_model(task, asked)
     network = MSPN(asked)
-    training.scale_heatmaps(network, config.optimiser.heatmap_scale)
     if config.trunk is not None:
         weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
         load_trunk(network, weights, colour="BGR")
@@ -305,12 +308,12 @@ class Progress:
         optimiser = self.worker.task.config.optimiser
         seconds = max(time.monotonic() - self.began, 1e-6)
         heads = torch.stack([report.heads for report in self.reports]).mean(dim=0).tolist()
-        rate = training.learning_rate(self.worker.iteration, schedule_of(self.worker.task.config, world=self.worker.world))
+        schedule = schedule_of(self.worker.task.config, world=self.worker.world)
         per_second = len(self.reports) * optimiser.batch_size_per_worker * self.worker.world / seconds
         named = {f"loss_stage{stage}_unit{unit}": value
                  for stage, units in enumerate(heads) for unit, value in enumerate(units, start=1)}
-        return {"loss": sum(map(sum, heads)), "learning_rate": rate, "samples_per_second": per_second,
-                "input_wait_share": self.waited_s / seconds, **named}
+        return {"loss": sum(map(sum, heads)), "learning_rate": training.learning_rate(self.worker.iteration, schedule),
+                "samples_per_second": per_second, "input_wait_share": self.waited_s / seconds, **named}
 
     def _line(self, metrics: dict[str, float]) -> None:
         self.last_line = time.monotonic()
@@ -383,7 +386,7 @@ def _log_validation(worker: Worker, run: tracking.Run, numbers: dict[str, float]
                     pictures: Sequence[ValidatedPicture]) -> None:
     run.log_metrics({f"val_{name}": value for name, value in numbers.items()}, step=worker.iteration)
     some = [picture for picture in pictures if picture.data is not None][:PREVIEWS]
-    sheet = preview_sheet(some, worker.task.data.skeleton)
+    sheet = preview_sheet(some, Skeleton.from_json(worker.spec.skeleton))
     if sheet is not None:
         run.log_picture(f"validation/iteration-{worker.iteration:07d}.jpg", sheet)
 

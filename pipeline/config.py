@@ -84,7 +84,6 @@ class OptimiserConfig(Settings):
     iterations: int = Field(96_000, ge=1)
     warmup_iterations: int = Field(2400, ge=0)
     warmup_factor: float = Field(0.1, ge=0, le=1)
-    heatmap_scale: float = Field(1.0, gt=0, description="factor on a new network's heatmaps; more for short runs")
     batch_size_per_worker: int = Field(32, ge=1)
 
 

@@ -134,9 +134,10 @@ def trainable_counts(dataset: ShardDataset) -> list[int]:
 
 
 def dataset_digest(dataset: ShardDataset) -> str:
-    """What identifies a shard dataset's live content, wherever it lies: SHA-256 over its parts' and its dropped rows."""
+    """What identifies a shard dataset's live content, wherever it lies: SHA-256 over its parts and dropped rows."""
     digest = hashlib.sha256()
-    for line in [f"{part.name} {part.sha256}" for part in dataset.parts] + [repr(row) for row in sorted(dataset.dropped)]:
+    parts = [(part.name, part.sha256) for part in dataset.parts]
+    for line in map(repr, [*parts, *sorted(dataset.dropped)]):
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 

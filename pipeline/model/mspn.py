@@ -283,7 +283,8 @@ def initialise(network: MSPN) -> None:
             module.reset_parameters()
     for stage in network.stages:
         for module in stage.downsample.modules():
-            if isinstance(module, nn.Conv2d):
+            # on the meta device, where files are loaded from, torch takes 3 s to learn normal numbers: none there
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

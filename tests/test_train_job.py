@@ -1,0 +1,119 @@
+"""`train` as a whole: two workers that train, validate and put a model; the same command again; refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import shard, train
+from jobs.start_ray import start_ray
+from pipeline import storage
+from pipeline.config import ShardConfig, TrackingConfig, TrainConfig, load_config
+from pipeline.errors import ConfigError
+from pipeline.model.directory import load_model, model_digest
+from tests.worlds import NO_TRACKING, write_pictures
+
+TINY = {"num_stages": 1, "input_size_wh": (64, 64), "blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4),
+        "stem_channels": 4, "upsample_channels": 8}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A shard dataset of 12 made pictures in several shards, under one Ray for the whole file."""
+    folder = write_pictures(tmp_path_factory.mktemp("world"))
+    with start_ray():
+        shard.run(ShardConfig(images=str(folder / "images"), annotations=str(folder / "annotations.json"),
+                              output=str(folder / "shards"), images_per_shard=4, tracking=NO_TRACKING))
+        yield folder
+
+
+def config(world: Path, output: Path, **settings: Any) -> TrainConfig:
+    optimiser = {"iterations": 4, "warmup_iterations": 1, "batch_size_per_worker": 4}
+    return load_config(TrainConfig, flags={
+        "data": str(world / "shards"), "val": str(world / "shards"), "output": str(output), "workers": 2,
+        "validate_every": 2, "threads": 1, "network": TINY, "optimiser": optimiser,
+        "tracking": NO_TRACKING.model_dump(), **settings})
+
+
+def test_two_workers_make_a_model_that_says_where_it_comes_from_and_a_second_run_does_nothing(
+        world: Path, tmp_path: Path) -> None:
+    tracked = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db").model_dump()
+    wanted = config(world, tmp_path / "model", tracking=tracked, register="pose-test", alias="candidate")
+    result = train.run(wanted)
+
+    network, spec = load_model(tmp_path / "model")
+    assert network.config.widths == (4, 4, 4, 4)
+    assert result["model_digest"] == model_digest(tmp_path / "model")
+    assert result["iterations"] == spec.source["iterations"] == 4
+    assert result["samples"] == 4 * 4 * 2
+    assert 0 <= result["AP"] <= 1
+    assert spec.source["data_digest"]
+    assert spec.source["packages"]["torch"].startswith("2.")
+    assert result["registered"]["version"] == "1"
+    assert_run_has_the_numbers(tracked["uri"], result["run_id"])
+
+    assert train.run(wanted) == result
+
+
+def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert {"loss", "loss_stage0_unit4", "learning_rate", "samples_per_second", "input_wait_share", "val_ap",
+            "val_pck"} <= run.data.metrics.keys()
+    assert run.data.params["optimiser.iterations"] == "4"
+    assert {each.tags[0].value for each in run.inputs.dataset_inputs} == {"training", "validation"}
+    assert [each.path for each in client.list_artifacts(run_id, "validation")] == [
+        "validation/iteration-0000002.jpg", "validation/iteration-0000004.jpg"]
+
+
+def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(world, tmp_path / "model", workers=1, val=None)
+    unbroken = train.run(config(world, tmp_path / "unbroken", workers=1, val=None))
+
+    monkeypatch.setattr(train, "train_worker", broken_off_after_two)
+    with pytest.raises(ConfigError, match="broken off"):
+        train.run(wanted)
+    assert not storage.exists(str(tmp_path / "model" / "model.json"))
+    monkeypatch.undo()
+    result = train.run(wanted)
+
+    assert result["samples"] == unbroken["samples"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "unbroken")]
+    assert weights[0] == weights[1]
+
+
+def broken_off_after_two(settings: dict[str, Any]) -> None:
+    """A worker that ends with an error once its first checkpoint, after two iterations, is kept."""
+    from jobs import train_worker
+
+    keep = train_worker._keep
+
+    def keep_and_fail(worker: Any, evaluation: dict[str, float]) -> None:
+        keep(worker, evaluation)
+        raise ConfigError("broken off")
+
+    train_worker._keep = keep_and_fail
+    train_worker.train_worker(settings)
+
+
+def test_other_settings_are_refused_with_the_difference(world: Path, tmp_path: Path) -> None:
+    train.run(config(world, tmp_path / "model", workers=1, val=None))
+    with pytest.raises(ConfigError, match="seed: begun with 0, now 1"):
+        train.run(config(world, tmp_path / "model", workers=1, val=None, seed=1))
+
+
+def test_more_workers_than_shards_are_refused_before_anything_starts(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="50 workers need at least as many shards"):
+        train.run(config(world, tmp_path / "model", workers=50))
+    assert not (tmp_path / "model" / "_job.json").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(world: Path, tmp_path: Path) -> None:
+    optimiser = {"iterations": 4, "warmup_iterations": 0, "batch_size_per_worker": 4, "learning_rate_per_worker": 1e30}
+    with pytest.raises(Exception, match=r"The loss of iteration \d is (nan|inf)"):
+        train.run(config(world, tmp_path / "model", workers=1, val=None, optimiser=optimiser))
+    assert not (tmp_path / "model" / "model.json").exists()
