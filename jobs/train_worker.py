@@ -23,7 +23,7 @@ import torch
 from jobs.import_model import put_model
 from pipeline import samples, storage, tracking, training
 from pipeline.config import TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import evaluation_metrics, format_evaluation
 from pipeline.model.directory import ModelSpec, load_model, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
@@ -90,7 +90,10 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     _log_from_worker()
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     torch.set_num_threads(task.config.threads or _threads())
-    worker = _open_worker(task, rank, world)
+    try:
+        worker = _open_worker(task, rank, world)
+    except (ConfigError, DataError) as error:
+        return str(error)  # it is the same on all ranks, and no restart would mend it
     failure = None
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
@@ -135,8 +138,13 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
 
 
 def _log_from_worker() -> None:
+    import ray.data  # noqa: F401 - it sets its own levels when it is imported
+    import ray.train
+
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
+    for noisy in ("ray.data", "ray.train"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _threads() -> int:
@@ -234,7 +242,8 @@ def _made_by_tasks(worker: Worker, groups: Sequence[Sequence[samples.Turn]]) -> 
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
     rows = ray.data.from_items([{"turns": json.dumps([astuple(turn) for turn in group])} for group in groups],
                                override_num_blocks=len(groups))
-    made = rows.map_batches(make_samples, batch_size=1, compute=ray.data.TaskPoolStrategy(size=_num_feeders(worker)),
+    feeders = ray.data.TaskPoolStrategy(size=min(_num_feeders(worker), len(groups)))
+    made = rows.map_batches(make_samples, batch_size=1, compute=feeders,  # type: ignore[arg-type]
                             fn_kwargs={"data": replace(task.data, json={}), "recipe": recipe_of(task, worker.spec)})
     yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
 

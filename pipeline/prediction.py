@@ -49,7 +49,7 @@ class Predictor:
     """A loaded model that answers with joints.
 
     device      "cpu", "cuda", or "auto": CUDA where there is one
-    precision   "float32" or "bfloat16" (autocast of the network; decoding is float32 always)
+    precision   "float32" or "bfloat16" (autocast of the network; decoding is as exact as ever)
     flip        average with the mirrored picture, as the authors test
     batch_size  crops in one forward pass
     threads     torch's CPU threads in this process; None leaves them as they are. Bits depend on their number.

@@ -53,6 +53,8 @@ def test_two_workers_make_a_model_that_says_where_it_comes_from_and_a_second_run
     assert_run_has_the_numbers(tracked["uri"], result["run_id"])
 
     assert train.run(wanted) == result
+    with pytest.raises(ConfigError, match="seed: begun with 0, now 1"):
+        train.run(config(world, tmp_path / "model", tracking=tracked, seed=1))
 
 
 def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
@@ -72,18 +74,22 @@ def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
 def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint(
         world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config(world, tmp_path / "model", workers=1, val=None)
-    unbroken = train.run(config(world, tmp_path / "unbroken", workers=1, val=None))
-
+    monkeypatch.setattr(train, "MAX_FAILURES", 0)
     monkeypatch.setattr(train, "train_worker", broken_off_after_two)
-    with pytest.raises(ConfigError, match="broken off"):
+    with pytest.raises(OSError, match="broken off"):
         train.run(wanted)
     assert not storage.exists(str(tmp_path / "model" / "model.json"))
+    assert checkpoints(tmp_path / "model") == ["iteration-0000002"]
+
     monkeypatch.undo()
     result = train.run(wanted)
 
-    assert result["samples"] == unbroken["samples"]
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("model", "unbroken")]
-    assert weights[0] == weights[1]
+    assert (result["iterations"], result["samples"], result["AP"]) == (4, 16, None)
+    assert checkpoints(tmp_path / "model") == ["iteration-0000002", "iteration-0000004"]
+
+
+def checkpoints(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "_checkpoints").glob("iteration-*"))
 
 
 def broken_off_after_two(settings: dict[str, Any]) -> None:
@@ -94,16 +100,10 @@ def broken_off_after_two(settings: dict[str, Any]) -> None:
 
     def keep_and_fail(worker: Any, evaluation: dict[str, float]) -> None:
         keep(worker, evaluation)
-        raise ConfigError("broken off")
+        raise OSError("broken off")
 
     train_worker._keep = keep_and_fail
     train_worker.train_worker(settings)
-
-
-def test_other_settings_are_refused_with_the_difference(world: Path, tmp_path: Path) -> None:
-    train.run(config(world, tmp_path / "model", workers=1, val=None))
-    with pytest.raises(ConfigError, match="seed: begun with 0, now 1"):
-        train.run(config(world, tmp_path / "model", workers=1, val=None, seed=1))
 
 
 def test_more_workers_than_shards_are_refused_before_anything_starts(world: Path, tmp_path: Path) -> None:
