@@ -20,13 +20,13 @@ def start_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray Data's own account of plans and operators is for who develops it; ours says what is done
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     try:
         _connect()
     except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError) as error:
         raise OSError(f"Ray could not be started or reached: {error}. Check RAY_ADDRESS; on a busy machine, "
                       "try again.") from error
-    # its own account of plans and operators is for who develops it; ours says what is done
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # the only way to bound an actor's restarts
     try:
         yield

@@ -138,11 +138,12 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
 
 
 def _log_from_worker() -> None:
-    import ray.data  # noqa: F401 - it sets its own levels when it is imported
-    import ray.train
+    import ray.data
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # their own accounts of plans and reports are for who develops them; they set their levels when imported
     for noisy in ("ray.data", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -237,7 +238,6 @@ def _made_by_tasks(worker: Worker, groups: Sequence[Sequence[samples.Turn]]) -> 
 
     task = worker.task
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
     rows = ray.data.from_items([{"turns": json.dumps([astuple(turn) for turn in group])} for group in groups],

@@ -43,7 +43,7 @@ def test_the_rate_is_the_authors_on_one_gpu(shared: Path) -> None:
 
 
 def test_a_warm_up_that_does_not_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="warmup_iterations is 2400, but must be less than.* 100"):
+    with pytest.raises(ConfigError, match=r"warmup_iterations is 2400, but must be less than.* 100"):
         training.Schedule(peak=4e-3, iterations=100, warmup_iterations=2400, warmup_factor=0.1)
 
 
@@ -180,7 +180,7 @@ def test_another_seed_gives_another_order_and_other_crops(tmp_path: Path) -> Non
 
 
 def test_more_ranks_than_shards_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="7 workers need .* have 6.*--images-per-shard"):
+    with pytest.raises(ConfigError, match=r"7 workers need .* have 6.*--images-per-shard"):
         next(samples.rank_turns(COUNTS, seed=0, rank=0, world=7))
 
 

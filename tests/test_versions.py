@@ -13,7 +13,7 @@ from pipeline.model.directory import load_model
 from pipeline.shards import open_shards, read_part
 
 VERSIONS = sorted((Path(__file__).parent / "versions").iterdir())
-KEYS = ["00000001.jpg", "00000002.jpg", "00000003.jpg", "notes.txt"]
+KEYS = ["000001.jpg", "000002.jpg", "000003.jpg", "notes.txt"]
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)

@@ -121,9 +121,11 @@ def build_network(config: MSPNConfig, weights: dict[str, Tensor], *, source: str
     """The network with exactly these weights, in evaluation mode; DataError names what doesn't fit."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         network = MSPN(config)
-    check_tensors(weights, network.state_dict(), source=source)
-    network = network.to_empty(device="cpu")
-    network.load_state_dict(weights)
+    expected = network.state_dict()
+    check_tensors(weights, expected, source=source)
+    # copies: what comes from safetensors is the file itself, mapped into memory
+    network.load_state_dict({name: weights[name].to(tensor.dtype, copy=True) for name, tensor in expected.items()},
+                            assign=True)
     return network.eval()
 
 
