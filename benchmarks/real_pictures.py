@@ -2,9 +2,9 @@
 
     python -m benchmarks.real_pictures --data FOLDER --output build/real
 
-FOLDER is like COCO's: `images/`, `annotations/person_keypoints_{train,val}.json`. A small MSPN is trained on 64 persons,
-without augmentation, until it knows them; then the val pictures are annotated with it, from the folder and from `s3://`
-on a local S3 server. Every step is a command line, printed as it runs.
+FOLDER is like COCO's: `images/`, `annotations/person_keypoints_{train,val}.json`. A small MSPN is trained on 64
+persons, without augmentation, until it knows them; then the val pictures are annotated with it, from the folder and
+from `s3://` on a local S3 server. Every step is a command line, printed as it runs.
 """
 
 import argparse

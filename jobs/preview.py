@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import preview, shards, storage
+from pipeline import drawing, preview, shards, storage
 from pipeline.annotation_input import LIST, SHARDS, describe_input
 from pipeline.config import PreviewConfig, locations
 from pipeline.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     images = _drawn(cards, config)
     page = preview.write_page(_page(table, metadata, cards))
     # the page last: what it stands for is whole then
-    _put(sheet_uri, preview.jpeg_bytes(preview.contact_sheet(images)))
+    _put(sheet_uri, drawing.jpeg_bytes(drawing.contact_sheet(images)))
     _put(page_uri, page.encode())
     logger.info("%d pictures drawn; open %s", len(images), page_uri)
     return {"output": page_uri, "contact_sheet": sheet_uri, "pictures": len(images),
@@ -62,7 +62,7 @@ def _put(uri: str, data: bytes) -> None:
         _refuse_existing(uri)
 
 
-def _drawn(cards: dict[str, tuple[preview.Card, ...]], config: PreviewConfig) -> list[preview.Image]:
+def _drawn(cards: dict[str, tuple[preview.Card, ...]], config: PreviewConfig) -> list[drawing.Image]:
     """The pictures that could be had; DataError if there should be some, and none could."""
     every = [card for section in cards.values() for card in section]
     images = [card.image_bgr for card in every if card.image_bgr is not None]
@@ -98,11 +98,11 @@ def _card(choice: preview.Choice, table: pa.Table, skeleton: Skeleton, read: Pic
         image = _decoded(read(choice.key), persons["sha256"][0].as_py())
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
         return preview.Card(choice.key, None, scores, choice.person_index, note=str(error))
-    drawn = preview.draw_picture(image, persons, skeleton, chosen=choice.person_index)
+    drawn = drawing.draw_picture(image, persons, skeleton, chosen=choice.person_index)
     return preview.Card(choice.key, drawn, scores, choice.person_index)
 
 
-def _decoded(data: bytes, sha256: str | None) -> preview.Image:
+def _decoded(data: bytes, sha256: str | None) -> drawing.Image:
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise PictureRefused("changed", "the picture isn't the one that was annotated: its SHA-256 differs.")
     return decode_picture(data, PictureLimits())

@@ -8,6 +8,7 @@ last one, whatever ended the run before. `model.json`, put last, makes the outpu
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,8 @@ def _fit(task: TrainTask) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # the patch would show what pycocotools prints, though it is redirected
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     least, most = _num_workers(task.intent["workers"])
     use_gpu = num_gpus() > 0
     cpus = int(ray.cluster_resources().get("CPU", 0))

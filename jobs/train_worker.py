@@ -138,14 +138,18 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
 
 
 def _log_from_worker() -> None:
+    """Our own lines with their time; of Ray Data and Ray Train what is a warning."""
     import ray.data
 
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    # their own accounts of plans and reports are for who develops them; they set their levels when imported
-    for noisy in ("ray.data", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.handlers, logger.propagate = [lines], False
+    logger.setLevel(logging.INFO)
+    # Ray Train sets the root to INFO, and logs each report there; Ray Data warns that there is no progress bar
+    for noisy, level in ((None, logging.WARNING), ("ray.data", logging.WARNING),
+                         ("ray.data._internal.progress", logging.ERROR)):
+        logging.getLogger(noisy).setLevel(level)
 
 
 def _threads() -> int:
@@ -167,7 +171,7 @@ def _open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     if rank == 0 and state.iteration:
         logger.info("going on after iteration %d", state.iteration)
     # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-    wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
     return Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
                   training.position_of(state, rank=rank, world=world))
 

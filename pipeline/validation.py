@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from pipeline.annotation import PictureToAnnotate, annotate_pictures, annotated_boxes
 from pipeline.coco import AnnotatedImage, Person, coco_json
+from pipeline.drawing import contact_sheet, draw_persons
 from pipeline.errors import DataError
 from pipeline.evaluation import Evaluation, evaluate_keypoints
 from pipeline.images import PictureLimits, decode_picture
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
-from pipeline.preview import contact_sheet, draw_persons
 from pipeline.rows import AnnotatedPicture, keypoint_table
 from pipeline.shards import ShardDataset, ShardPart, read_part
 

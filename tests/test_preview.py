@@ -12,18 +12,14 @@ import pytest
 from jobs.preview import run
 from pipeline import shards, storage
 from pipeline.config import PreviewConfig
+from pipeline.drawing import COLOURS, contact_sheet, draw_persons, draw_picture, joint_side
 from pipeline.errors import ConfigError, DataError
 from pipeline.pose.skeleton import COCO17, Skeleton
 from pipeline.preview import (
-    COLOURS,
     Card,
     Page,
     Section,
     choose_pictures,
-    contact_sheet,
-    draw_persons,
-    draw_picture,
-    joint_side,
     mean_joint_scores,
     rejected_pictures,
     score_histogram,

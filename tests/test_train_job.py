@@ -112,6 +112,7 @@ def test_more_workers_than_shards_are_refused_before_anything_starts(world: Path
     assert not (tmp_path / "model" / "_job.json").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(world: Path, tmp_path: Path) -> None:
     optimiser = {"iterations": 4, "warmup_iterations": 0, "batch_size_per_worker": 4, "learning_rate_per_worker": 1e30}
     with pytest.raises(Exception, match=r"The loss of iteration \d is (nan|inf)"):

@@ -1,4 +1,4 @@
-"""Write a tiny shard dataset, model directory and keypoint dataset in the present formats, to be kept and read for ever.
+"""Write a tiny shard dataset, model directory and keypoint dataset in the present formats, to be kept for ever.
 
     python -m tests.write_version tests/versions/vN
 """
