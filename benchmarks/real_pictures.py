@@ -25,7 +25,7 @@ from tests.s3 import S3Server, s3_server
 
 # the first 26 of these train pictures of coco17_mini have 64 persons with keypoints
 TRAIN_PICTURES = ("--include", "*[0-4].jpg", "--limit", "26")
-RECIPE = "jobs/train_small.yaml"
+RECIPE = "benchmarks/real_pictures.yaml"
 
 
 def main() -> int:

@@ -7,14 +7,13 @@ come from the rank's own Ray Data pipeline, whose tasks decode a picture once an
 import contextlib
 import copy
 import io
-import json
 import logging
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from jobs.import_model import put_model
 from pipeline import samples, storage, tracking, training
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation import evaluation_metrics, format_evaluation
+from pipeline.evaluation import evaluation_metrics
 from pipeline.model.directory import ModelSpec, load_model, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model_reference import download_model
@@ -244,10 +243,10 @@ def _made_by_tasks(worker: Worker, groups: Sequence[Sequence[samples.Turn]]) -> 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
-    rows = ray.data.from_items([{"turns": json.dumps([astuple(turn) for turn in group])} for group in groups],
+    rows = ray.data.from_items([{"turns": samples.turns_text(group)} for group in groups],
                                override_num_blocks=len(groups))
     feeders = ray.data.TaskPoolStrategy(size=min(_num_feeders(worker), len(groups)))
-    made = rows.map_batches(make_samples, batch_size=1, compute=feeders,  # type: ignore[arg-type]
+    made = rows.map_batches(samples.task_samples, batch_size=1, compute=feeders,  # type: ignore[arg-type]
                             fn_kwargs={"data": replace(task.data, json={}), "recipe": recipe_of(task, worker.spec)})
     yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
 
@@ -258,12 +257,6 @@ def _num_feeders(worker: Worker) -> int:
 
     free = ray.cluster_resources().get("CPU", 1) - worker.world
     return int(min(max(free // worker.world, 1), MAX_FEEDERS))
-
-
-def make_samples(rows: dict[str, Any], data: ShardDataset, recipe: samples.SampleRecipe) -> Iterator[Arrays]:
-    """A Ray task: the samples of one row's turns, block by block."""
-    for turn in json.loads(str(rows["turns"][0])):
-        yield from samples.turn_samples(data, samples.Turn(*turn), recipe)
 
 
 def recipe_of(task: TrainTask, spec: ModelSpec) -> samples.SampleRecipe:
@@ -372,7 +365,8 @@ def _validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
     pictures = [picture for each in _gather(worker, _with_few_bytes(mine)) for picture in each]
     evaluation = evaluate_pictures(pictures, predictor.skeleton)
     if worker.rank == 0:
-        logger.info("validation after iteration %d:\n%s", worker.iteration, format_evaluation(evaluation))
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in evaluation_metrics(evaluation).items())
+        logger.info("validation after iteration %d: %s", worker.iteration, numbers)
         _log_validation(worker, run, evaluation_metrics(evaluation), pictures)
     return evaluation_metrics(evaluation)
 

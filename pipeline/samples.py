@@ -7,9 +7,10 @@ in the stream is its *slot*; a run goes on from the slot after the last one that
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,20 @@ def turn_samples(dataset: ShardDataset, turn: Turn, recipe: SampleRecipe) -> Ite
     if not taken and not turn.skip:
         raise DataError(f"{dataset.uri}: none of the {slot - turn.slot} persons in {part.name} can be cropped. Check "
                         "its pictures with `shard --set validate=full`.")
+
+
+def turns_text(turns: Sequence[Turn]) -> str:
+    """Some turns as one string, to travel to a task; `task_samples` reads it."""
+    return json.dumps([astuple(turn) for turn in turns])
+
+
+def task_samples(rows: Mapping[str, Any], data: ShardDataset, recipe: SampleRecipe) -> Iterator[Arrays]:
+    """What a task makes of a batch of one row: the samples of its `turns`, block by block.
+
+    It stands here, and not with the worker, so that a process that only makes samples never imports torch.
+    """
+    for turn in json.loads(str(rows["turns"][0])):
+        yield from turn_samples(data, Turn(*turn), recipe)
 
 
 def cut_batches(blocks: Iterable[Arrays], batch_size: int) -> Iterator[Arrays]:

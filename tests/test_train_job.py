@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from jobs import shard, train
-from jobs.start_ray import start_ray
 from pipeline import storage
 from pipeline.config import ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.directory import load_model, model_digest
+from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures
 
 TINY = {"num_stages": 1, "input_size_wh": (64, 64), "blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4),
@@ -18,16 +18,15 @@ TINY = {"num_stages": 1, "input_size_wh": (64, 64), "blocks": (1, 1, 1, 1), "wid
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A shard dataset of 12 made pictures in several shards, under one Ray for the whole file."""
+def world(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """A shard dataset of 12 made pictures in several shards."""
     folder = write_pictures(tmp_path_factory.mktemp("world"))
-    with start_ray():
-        shard.run(ShardConfig(images=str(folder / "images"), annotations=str(folder / "annotations.json"),
-                              output=str(folder / "shards"), images_per_shard=4, tracking=NO_TRACKING))
-        yield folder
+    shard.run(ShardConfig(images=str(folder / "images"), annotations=str(folder / "annotations.json"),
+                          output=str(folder / "shards"), images_per_shard=4, tracking=NO_TRACKING))
+    return folder
 
 
-def config(world: Path, output: Path, **settings: Any) -> TrainConfig:
+def config(world: Path, output: Path | str, **settings: Any) -> TrainConfig:
     optimiser = {"iterations": 4, "warmup_iterations": 1, "batch_size_per_worker": 4}
     return load_config(TrainConfig, flags={
         "data": str(world / "shards"), "val": str(world / "shards"), "output": str(output), "workers": 2,
@@ -71,25 +70,27 @@ def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
         "validation/iteration-0000002.jpg", "validation/iteration-0000004.jpg"]
 
 
-def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint(
-        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = config(world, tmp_path / "model", workers=1, val=None)
+def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint_also_in_a_bucket(
+        world: Path, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.upload_folder(world / "shards", f"{bucket}/shards")
+    wanted = config(world, f"{bucket}/model", data=f"{bucket}/shards", workers=1, val=None)
     monkeypatch.setattr(train, "MAX_FAILURES", 0)
     monkeypatch.setattr(train, "train_worker", broken_off_after_two)
     with pytest.raises(OSError, match="broken off"):
         train.run(wanted)
-    assert not storage.exists(str(tmp_path / "model" / "model.json"))
-    assert checkpoints(tmp_path / "model") == ["iteration-0000002"]
+    assert not storage.exists(f"{bucket}/model/model.json")
+    assert checkpoints(f"{bucket}/model") == {"iteration-0000002"}
 
     monkeypatch.undo()
     result = train.run(wanted)
 
     assert (result["iterations"], result["samples"], result["AP"]) == (4, 16, None)
-    assert checkpoints(tmp_path / "model") == ["iteration-0000002", "iteration-0000004"]
+    assert checkpoints(f"{bucket}/model") == {"iteration-0000002", "iteration-0000004"}
 
 
-def checkpoints(output: Path) -> list[str]:
-    return sorted(path.name for path in (output / "_checkpoints").glob("iteration-*"))
+def checkpoints(output: str) -> set[str]:
+    names = [found.name for found in storage.list_objects(f"{output}/_checkpoints")]
+    return {name.split("/")[0] for name in names if name.endswith("/state.pt")}
 
 
 def broken_off_after_two(settings: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """One iteration, the schedule, the state in a file, and the order in which persons are trained on."""
 
+import hashlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,16 @@ from tests.worlds import TINY, write_pictures
 
 SPEC = ModelSpec(network=TINY, skeleton=COCO17.to_json())
 AUTHORS = training.Schedule(peak=4e-3, iterations=96_000, warmup_iterations=2400, warmup_factor=0.1)
+
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads, and on a busy machine several of them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- schedule and optimiser ---------------------------------------------------------------------------------------
@@ -267,8 +279,6 @@ def made_row(path: Path, image: Any) -> dict[str, Any]:
 
 
 def write_part(output: Path, index: int, rows: list[dict[str, Any]]) -> shards.ShardPart:
-    import hashlib
-
     data = shards.part_bytes(rows)
     name = f"part-{index:07d}-00000000.parquet"
     (output / shards.FOLDER / name).write_bytes(data)
@@ -296,7 +306,6 @@ class Run:
     """Training without Ray: what a rank of one does."""
 
     def __init__(self, data: shards.ShardDataset) -> None:
-        torch.set_num_threads(1)
         torch.manual_seed(0)
         self.data, self.network = data, MSPN(TINY).train()
         self.optimiser = training.make_optimiser(self.network, weight_decay=1e-5)
