@@ -84,8 +84,8 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
     """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
-        "workers", "seed", "precision", "trunk", "init", "network", "optimiser", "loss", "augmentation",
-        "validate_every", "validate_persons"})
+        "workers", "seed", "precision", "trunk", "init", "heatmap_scale", "network", "optimiser", "loss",
+        "augmentation", "validate_every", "validate_persons"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -134,7 +134,7 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init")
+    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale")
     recipe = {name: job.intent[name] for name in names}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],

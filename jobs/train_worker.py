@@ -184,6 +184,7 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     if config.init is not None:
         return _initial_model(task, asked)
     network = MSPN(asked)
+    training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
         weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
         load_trunk(network, weights, colour="BGR")

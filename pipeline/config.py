@@ -111,6 +111,7 @@ class TrainConfig(Settings):
     keep_checkpoints: int = Field(2, ge=1)
     trunk: str | None = Field(None, description="a ResNet-50 state dict for every stage's trunk")
     init: str | None = Field(None, description="a model to begin from")
+    heatmap_scale: float = Field(1.0, gt=0, description="of an untrained network's heatmaps; more for a short run")
     network: NetworkConfig = NetworkConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     loss: LossConfig = LossConfig()

@@ -93,6 +93,18 @@ def make_optimiser(network: nn.Module, *, weight_decay: float) -> torch.optim.Ad
     return torch.optim.Adam(network.parameters(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
 
 
+def scale_heatmaps(network: MSPN, factor: float) -> None:
+    """Multiply an untrained network's heatmaps, by the weights of the heads' last batch norms (1 at first).
+
+    Targets reach 255, untrained heatmaps have a deviation of 1, and Adam moves a weight by the learning rate at most:
+    the authors' 96,000 iterations get there, some hundred don't, and all joints' scores then stay near 0.5.
+    """
+    with torch.no_grad():
+        for stage in network.stages:
+            for unit in stage.upsample.units:
+                unit.res_conv2.bn.weight.mul_(factor)
+
+
 # --- one iteration ------------------------------------------------------------------------------------------------
 
 

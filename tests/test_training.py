@@ -78,6 +78,16 @@ def test_a_step_is_adam_with_l2_on_every_parameter_written_by_hand() -> None:
         assert_close_where_the_gradient_is_clear(parameter.detach(), expected, decayed)
 
 
+def test_scaled_heatmaps_are_the_untrained_ones_times_the_factor() -> None:
+    torch.manual_seed(0)
+    network, images = MSPN(TINY).eval(), torch.randn(1, 3, 64, 64)
+    before = network(images)
+    training.scale_heatmaps(network, 8.0)
+    for stage, scaled in zip(before, network(images), strict=True):
+        for heatmaps, times_8 in zip(stage, scaled, strict=True):
+            torch.testing.assert_close(times_8, 8 * heatmaps)
+
+
 def test_a_report_names_each_heads_share_of_the_loss() -> None:
     network = MSPN(TINY).train()
     report = step(network, training.make_optimiser(network, weight_decay=0.0), random_batch(), 7, 0.0)
