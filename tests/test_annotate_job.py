@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +34,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def first_run(world: Path) -> dict[str, Any]:
+    """The result of a finished run into world/out."""
+    return annotate.run(config(world, str(world / "out")))
+
+
+@pytest.fixture
+def finished(world: Path, first_run: dict[str, Any], tmp_path: Path) -> Path:
+    """A finished run's output, copied for one test."""
+    assert first_run["output"] == str(world / "out")
+    return Path(shutil.copytree(world / "out", tmp_path / "out"))
+
+
 def sharded(pictures: Path | str, output: str) -> None:
     shard.run(ShardConfig(images=f"{pictures}/images", annotations=f"{pictures}/annotations.json", output=output,
                           images_per_shard=4, tracking=NO_TRACKING))
@@ -42,59 +57,55 @@ def config(world: Path, output: str, **settings: object) -> AnnotateConfig:
                              "tracking": NO_TRACKING, "actors": 1, "pictures_per_unit": 4, **settings})
 
 
-def test_each_annotated_person_is_a_row_and_each_picture_is_accounted_for(world: Path, tmp_path: Path) -> None:
-    result = annotate.run(config(world, str(tmp_path / "out")))
-    table, metadata = read_keypoints(str(tmp_path / "out"))
-    assert result["counts"]["pictures"] == 12
-    assert result["counts"]["persons"] == annotated_persons(world / "in") == table.num_rows
+def test_each_annotated_person_is_a_row_and_each_picture_is_accounted_for(
+        world: Path, first_run: dict[str, Any]) -> None:
+    table, metadata = read_keypoints(str(world / "out"))
+    assert first_run["counts"]["pictures"] == 12
+    assert first_run["counts"]["persons"] == annotated_persons(world / "in") == table.num_rows
     keys = list(zip(table["key"].to_pylist(), table["person_index"].to_pylist(), strict=True))
     assert keys == sorted(set(keys))
     assert table["box_score"].to_pylist() == [1.0] * table.num_rows
     assert metadata.counts["ok"] == 12
-    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text())["counts"] == result["counts"]
+    assert json.loads((world / "out" / "_SUCCESS").read_text())["counts"] == first_run["counts"]
 
 
-def test_a_bucket_gives_the_rows_that_a_folder_gives(world: Path, tmp_path: Path, s3: S3Server, bucket: str) -> None:
+@pytest.mark.usefixtures("first_run")
+def test_a_bucket_gives_the_rows_that_a_folder_gives(world: Path, s3: S3Server, bucket: str) -> None:
     s3.upload_folder(world / "in", f"{bucket}/in")
     sharded(f"{bucket}/in", f"{bucket}/shards")
     s3.upload_folder(world / "model", f"{bucket}/model")
-    annotate.run(config(world, str(tmp_path / "out")))
     annotate.run(config(world, f"{bucket}/out", input=f"{bucket}/shards", model=f"{bucket}/model"))
-    here, there = (rows(output, without=("etag",)) for output in (str(tmp_path / "out"), f"{bucket}/out"))
+    here, there = (rows(output, without=("etag",)) for output in (str(world / "out"), f"{bucket}/out"))
     assert here.num_rows > 12
     assert here.equals(there)
 
 
-def test_the_same_command_again_does_nothing(world: Path, tmp_path: Path) -> None:
-    first = annotate.run(config(world, str(tmp_path / "out")))
-    again = annotate.run(config(world, str(tmp_path / "out")))
-    assert first["units_annotated"] == first["units"] > 1
+def test_the_same_command_again_does_nothing(world: Path, first_run: dict[str, Any]) -> None:
+    again = annotate.run(config(world, str(world / "out")))
+    assert first_run["units_annotated"] == first_run["units"] > 1
     assert again["units_annotated"] == 0
-    assert again["counts"] == first["counts"]
+    assert again["counts"] == first_run["counts"]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("flip", False), ("batch_size", 3), ("boxes", "whole-image")])
 def test_another_intent_into_the_same_output_is_refused(
-        world: Path, tmp_path: Path, setting: str, value: object) -> None:
-    annotate.run(config(world, str(tmp_path / "out")))
+        world: Path, finished: Path, setting: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{setting}: begun with"):
-        annotate.run(config(world, str(tmp_path / "out"), **{setting: value}))
+        annotate.run(config(world, str(finished), **{setting: value}))
 
 
-def test_another_model_into_the_same_output_is_refused(world: Path, tmp_path: Path) -> None:
-    annotate.run(config(world, str(tmp_path / "out")))
+def test_another_model_into_the_same_output_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError, match="model: begun with"):
-        annotate.run(config(world, str(tmp_path / "out"), model=str(other)))
+        annotate.run(config(world, str(finished), model=str(other)))
 
 
-def test_only_a_missing_unit_is_computed_and_its_bytes_are_the_same(world: Path, tmp_path: Path) -> None:
-    annotate.run(config(world, str(tmp_path / "out")))
-    parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "keypoints").iterdir()}
-    (tmp_path / "out" / "keypoints" / sorted(parts)[0]).unlink()
-    (tmp_path / "out" / "_SUCCESS").unlink()
-    assert annotate.run(config(world, str(tmp_path / "out")))["units_annotated"] == 1
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "keypoints").iterdir()} == parts
+def test_only_a_missing_unit_is_computed_and_its_bytes_are_the_same(world: Path, finished: Path) -> None:
+    parts = {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()}
+    (finished / "keypoints" / sorted(parts)[0]).unlink()
+    (finished / "_SUCCESS").unlink()
+    assert annotate.run(config(world, str(finished)))["units_annotated"] == 1
+    assert {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()} == parts
 
 
 def test_the_frozen_plan_rules_when_the_input_has_grown(world: Path, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
     assert {"loss", "loss_stage0_unit4", "learning_rate", "samples_per_second", "input_wait_share", "val_ap",
             "val_pck"} <= run.data.metrics.keys()
     assert run.data.params["optimiser.iterations"] == "4"
+    assert run.inputs is not None
     assert {each.tags[0].value for each in run.inputs.dataset_inputs} == {"training", "validation"}
     assert [each.path for each in client.list_artifacts(run_id, "validation")] == [
         "validation/iteration-0000002.jpg", "validation/iteration-0000004.jpg"]
