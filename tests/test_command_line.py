@@ -102,7 +102,9 @@ def test_the_result_is_the_only_line_on_stdout_and_is_written_where_asked(tmp_pa
 
 
 def test_a_failed_run_exits_with_1_and_names_what_failed(tmp_path: Path) -> None:
-    answer = command("evaluate", "--keypoints", str(tmp_path / "nothing"), "--annotations", str(tmp_path / "no.json"))
+    (tmp_path / "truth.json").write_text("{}")
+    answer = command("evaluate", "--keypoints", str(tmp_path / "nothing"),
+                     "--annotations", str(tmp_path / "truth.json"))
     assert answer.returncode == 1
     assert "holds no keypoint dataset" in answer.stderr
     assert answer.stdout == ""
