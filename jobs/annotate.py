@@ -20,7 +20,7 @@ from pipeline import annotation_input as inputs
 from pipeline import keypoints, storage
 from pipeline.config import AnnotateConfig, locations
 from pipeline.errors import DataError
-from pipeline.model_reference import FoundModel, download_model, find_model, upload_model
+from pipeline.model_reference import FoundModel, download_model, find_model, put_model
 from pipeline.rows import ROW_VERSION
 from pipeline.units import (
     FrozenJob,
@@ -73,7 +73,7 @@ def _freeze(config: AnnotateConfig, model: FoundModel) -> tuple[FrozenJob, input
     intent = _intent(config, model.directory, choice, {} if job is None else job.intent)
     if job is None:
         units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit)
-        upload_model(model.directory, storage.join(config.output, MODEL_FOLDER))
+        put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
         about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
         job = freeze_job(config.output, units, input=source, intent=intent, about=about)
         logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)

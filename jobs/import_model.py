@@ -4,7 +4,6 @@ No Ray: it is one file's work. What is downloaded is checked by length and by th
 is opened, and opened without running anything that it holds.
 """
 
-import hashlib
 import http.client
 import logging
 import tempfile
@@ -20,7 +19,8 @@ from pipeline import storage, tracking
 from pipeline.config import ImportModelConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.checkpoint import read_checkpoint
-from pipeline.model.directory import SPEC_FILE, WEIGHTS_FILE, model_digest, save_model
+from pipeline.model.directory import model_digest, save_model
+from pipeline.model_reference import put_model
 
 logger = logging.getLogger("jobs.import_model")
 
@@ -94,30 +94,6 @@ def download(url: str, path: Path, *, max_bytes: int, timeout_s: float = DOWNLOA
     if expected is not None and received != int(expected):
         raise storage.StorageError(f"{place}: the download broke off: {expected} bytes were expected, "
                                    f"{received} were received. Run the command again.")
-
-
-def put_model(directory: Path, output: str) -> bool:
-    """Put the model directory's files at a URI, model.json last: where that is, the model is whole.
-
-    Gives False where just this model stands there already; another one is refused with ConfigError.
-    """
-    files = {name: (directory / name).read_bytes() for name in (WEIGHTS_FILE, SPEC_FILE)}
-    there = [name for name in files if storage.exists(storage.join(output, name))]
-    for name in there:
-        _refuse_other(output, name, files[name])
-    if len(there) == len(files):
-        return False
-    storage.prove_put_if_absent(output)
-    for name, data in files.items():
-        if not storage.put_if_absent(storage.join(output, name), data):
-            _refuse_other(output, name, data)
-    return True
-
-
-def _refuse_other(output: str, name: str, data: bytes) -> None:
-    if storage.stored_sha256(storage.join(output, name)) != hashlib.sha256(data).hexdigest():
-        raise ConfigError(f"{output} holds another model already ({name} differs), and a model is never "
-                          "replaced. Give another --output.")
 
 
 def _copy(read: Callable[[int], bytes], write: Callable[[bytes], Any], place: str, *,

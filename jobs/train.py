@@ -20,7 +20,7 @@ from pipeline import samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
-from pipeline.model_reference import download_model, find_model, upload_model
+from pipeline.model_reference import download_model, find_model, put_model
 from pipeline.shards import ShardDataset, open_shards
 from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
 
@@ -135,7 +135,7 @@ def _put_initial_model(config: TrainConfig) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.init, settings=config.tracking, into=Path(folder))
-        upload_model(model.directory, storage.join(config.output, INIT_FOLDER))
+        put_model(model.directory, storage.join(config.output, INIT_FOLDER))
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from jobs.import_model import put_model
 from pipeline import samples, storage, tracking, training
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import evaluation_metrics
 from pipeline.model.directory import ModelSpec, load_model, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
-from pipeline.model_reference import download_model
+from pipeline.model_reference import download_model, put_model
 from pipeline.pose.augment import Augmentation
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor

@@ -1,5 +1,6 @@
 """A model REF -> a local model directory, and the name and version by which people know it."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,25 @@ def download_model(uri: str, into: Path) -> Path:
     return into
 
 
-def upload_model(directory: Path, uri: str) -> None:
-    """Put a local model directory's files if absent, the specification last."""
-    for name in FILES:
-        storage.put_if_absent(storage.join(uri, name), (directory / name).read_bytes())
+def put_model(directory: Path, output: str) -> bool:
+    """Put the model directory's files at a URI, model.json last: where that is, the model is whole.
+
+    Gives False where just this model stands there already; another one is refused with ConfigError.
+    """
+    files = {name: (directory / name).read_bytes() for name in FILES}
+    there = [name for name in files if storage.exists(storage.join(output, name))]
+    for name in there:
+        _refuse_other(output, name, files[name])
+    if len(there) == len(files):
+        return False
+    storage.prove_put_if_absent(output)
+    for name, data in files.items():
+        if not storage.put_if_absent(storage.join(output, name), data):
+            _refuse_other(output, name, data)
+    return True
+
+
+def _refuse_other(output: str, name: str, data: bytes) -> None:
+    if storage.stored_sha256(storage.join(output, name)) != hashlib.sha256(data).hexdigest():
+        raise ConfigError(f"{output} holds another model already ({name} differs), and a model is never "
+                          "replaced. Give another --output.")
