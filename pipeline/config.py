@@ -77,7 +77,7 @@ class NetworkConfig(Settings):
 
 
 class OptimiserConfig(Settings):
-    """The authors' optimiser and schedule (MSPN.md 6): Adam, L2 on everything, warm-up, linear decay to 0."""
+    """The optimiser and schedule of megvii-research/MSPN: Adam, L2 on everything, warm-up, linear decay to 0."""
 
     learning_rate_per_worker: float = Field(5e-4, gt=0)
     weight_decay: float = Field(1e-5, ge=0)

@@ -107,7 +107,7 @@ def _fixed_values(picture: AnnotatedPicture) -> list[dict[str, Any]]:
         return [common | dict.fromkeys(name for name, _ in KEYPOINT_FIXED if name not in common)]
     assert picture.joint_scores is not None
     boxes = picture.boxes
-    # a person's score is the box's score times the mean of the joints' (MSPN.md 7)
+    # a person's score is the box's score times the mean of the joints', as in the authors' test.py
     scores = boxes.scores * picture.joint_scores.astype(np.float64).mean(axis=1)
     return [common | {"person_index": index, "box_id": int(boxes.ids[index]),
                       **{f"box_{side}": float(value) for side, value in zip("xywh", boxes.xywh[index], strict=True)},

@@ -26,7 +26,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Schedule:
-    """The authors' learning rate (MSPN.md 6): warm-up from a share of the peak, then linear to 0."""
+    """The authors' learning rate (their make_lr_scheduler): warm-up from a share of the peak, then linear to 0."""
 
     peak: float
     iterations: int

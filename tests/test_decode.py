@@ -63,7 +63,7 @@ def test_the_two_ways_differ_as_was_measured_on_the_originals(golden: dict[str, 
     maps = torch.from_numpy(golden["averaged"][:6])  # the last two are noise alone
     official, mmpose = (decode_heatmaps(maps, SIZE, decoding=decoding)[0] for decoding in (OFFICIAL, MMPOSE))
     differences = (mmpose - official).abs()
-    # MSPN.md 9.2: mean 0.67, median 1.0, largest 3 crop pixels
+    # measured on the reference maps: mean 0.67, median 1.0, largest 3 crop pixels
     assert differences.mean().item() == pytest.approx(0.67, abs=0.01)
     assert differences.median().item() == 1
     assert differences.max().item() == 3
@@ -136,7 +136,7 @@ def noisy_maps() -> torch.Tensor:
 
 
 def official_by_loop(heatmap: np.ndarray, kernel: int) -> tuple[list[float], float]:
-    """MSPN.md 7, step by step."""
+    """The authors' get_results, step by step."""
     height, width = heatmap.shape
     padded = cv2.GaussianBlur(np.pad(heatmap.astype(np.float64), 10), (kernel, kernel), 0)
     first = np.unravel_index(padded.argmax(), padded.shape)
@@ -152,7 +152,7 @@ def official_by_loop(heatmap: np.ndarray, kernel: int) -> tuple[list[float], flo
 
 
 def mmpose_by_loop(heatmap: np.ndarray, kernel: int) -> tuple[list[float], float]:
-    """MSPN.md 9.2, step by step."""
+    """MMPose's MegviiHeatmap.decode, step by step."""
     height, width = heatmap.shape
     radius = kernel // 2
     blurred = cv2.GaussianBlur(np.pad(heatmap.astype(np.float64), radius), (kernel, kernel), 0)

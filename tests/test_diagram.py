@@ -73,7 +73,7 @@ def test_every_part_of_both_stages_is_in_it_under_its_name(picture: Element) -> 
             assert conv in words(drawn[f"{unit}.head" if conv.startswith("res_conv") else name])
 
 
-# MSPN.md 1, read in the authors' code
+# read in the authors' code
 @pytest.mark.parametrize(("part", "said"), [
     ("images", "3×256×192"), ("top", "7×7 3→64, stride 2"), ("top", "64×64×48"),
     ("stage0.downsample.layer1", "3 blocks, width 64 | 256×64×48"),
@@ -101,7 +101,7 @@ def test_shapes_follow_the_network_that_is_drawn() -> None:
     assert "res_conv2 3×3 10→5 | resize to 5×32×16" in words(drawn["stage0.upsample.up2.head"])
 
 
-# MSPN.md 5: kernels of the units, coarse to fine
+# the authors' loss: kernels of the units, coarse to fine
 WIDE, NARROW = [15, 11, 9, 7], [11, 9, 7, 5]
 
 

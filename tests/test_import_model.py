@@ -93,7 +93,7 @@ def test_a_url_and_a_public_name_give_the_same_model_as_the_file(
     assert len(digests) == 1
 
 
-# MSPN.md 9.3
+# the names under which MMPose published them
 def test_the_public_names_are_mmposes_files() -> None:
     assert import_model.PUBLIC_FOLDER == "https://download.openmmlab.com/mmpose/top_down/mspn/"
     digits = {name: file.split("-")[1][:8] for name, file in import_model.PUBLIC_FILES.items()}

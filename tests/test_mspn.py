@@ -42,7 +42,7 @@ def test_names_and_shapes_are_the_authors_in_their_order(num_stages: int) -> Non
     assert ours == published_keys("official", num_stages)
 
 
-# MSPN.md 1.1 and 12, counted on the authors' networks
+# counted on the authors' networks
 @pytest.mark.parametrize(("num_stages", "num_joints", "num_keys", "num_parameters"), [
     (1, 17, 476, 25_141_708), (2, 17, 1008, 56_867_032), (3, 17, 1540, 88_592_356), (4, 17, 2072, 120_317_680),
     (2, 16, 1008, 56_848_576), (4, 16, 2072, 120_280_768),
@@ -84,7 +84,7 @@ def test_prediction_computes_one_head_and_training_all(num_stages: int) -> None:
     assert len(calls) == len(heads) == 8 * num_stages
 
 
-# MSPN.md 12, GMAC at 256x192; what the unused heads cost: 427.2 MMAC a stage, 321.7 of them the finest (section 1)
+# GMAC at 256x192, counted on the authors' networks; unused heads cost 427.2 MMAC a stage, 321.7 of them the finest
 @pytest.mark.parametrize(("num_stages", "gmacs"), [(1, 5.073), (2, 11.263), (3, 17.453), (4, 23.643)])
 def test_work_is_the_authors_and_prediction_spares_the_other_heads(num_stages: int, gmacs: float) -> None:
     network = on_meta(num_stages)
