@@ -158,7 +158,7 @@ def part_counts(footer: pq.FileMetaData) -> dict[str, Any]:
 
 
 def is_trainable(person: Mapping[str, Any]) -> bool:
-    """Whether a person (a `persons` struct) is trained on, as the authors choose: no crowd, a joint that is labelled."""
+    """Whether a person (a `persons` struct) is trained on, as the authors choose: no crowd, one joint labelled."""
     return not person["iscrowd"] and any(visible > 0 for visible in (person["keypoints"] or ())[2::3])
 
 
