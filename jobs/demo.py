@@ -47,7 +47,8 @@ def run(config: settings.DemoConfig) -> dict[str, Any]:
         _say("Evaluating")
         numbers = evaluate.run(settings.EvaluateConfig(keypoints=str(output / "keypoints"), annotations=val_set[1],
                                                        tracking=followed))
-    preview.run(settings.PreviewConfig(keypoints=str(output / "keypoints"), output=str(output / "preview")))
+    preview.run(settings.PreviewConfig(keypoints=str(output / "keypoints"), output=str(output / "preview"),
+                                       tracking=followed))
     _say(f"Done in {time.monotonic() - began:.0f} s. Look at {output / 'preview' / 'index.html'}, "
          f"or follow the run with: .venv/bin/mlflow ui --backend-store-uri {followed.uri}")
     return {"job": "demo", "output": str(output), "train": trained, "annotate": annotated, "evaluate": numbers,

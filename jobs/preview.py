@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.record import record_run
 from pipeline import drawing, preview, shards, storage
 from pipeline.annotation_input import LIST, SHARDS, describe_input
 from pipeline.config import PreviewConfig, locations
@@ -47,6 +48,8 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     _put(sheet_uri, drawing.jpeg_bytes(drawing.contact_sheet(images)))
     _put(page_uri, page.encode())
     logger.info("%d pictures drawn; open %s", len(images), page_uri)
+    record_run(config.tracking, "preview", counts={"pictures": len(images)},
+               params={"keypoints": config.keypoints, "output": config.output, "seed": config.seed})
     return {"output": page_uri, "contact_sheet": sheet_uri, "pictures": len(images),
             "not_readable": len(keys) - len(images)}
 

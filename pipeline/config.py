@@ -175,6 +175,7 @@ class PreviewConfig(Settings):
     images: str | None = None
     pictures: int = Field(24, ge=1)
     seed: int = 0
+    tracking: TrackingConfig = TrackingConfig()
 
 
 class ImportModelConfig(Settings):

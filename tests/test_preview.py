@@ -28,6 +28,7 @@ from pipeline.preview import (
 from pipeline.rows import SHARD_SCHEMA
 from tests.test_evaluation import TORSO3, keypoint_rows
 from tests.test_export import picture, write_keypoints
+from tests.worlds import NO_TRACKING
 
 ARM = Skeleton("arm", ("left_wrist", "left_elbow", "right_wrist"), ((0, 1),), (), (0.1, 0.1, 0.1), (0, 1, 2))
 GREY = np.full((100, 200, 3), 127, np.uint8)
@@ -223,7 +224,7 @@ def annotated(key: str, data: bytes):
 
 
 def preview(tmp_path: Path, keys: str, **more) -> tuple[dict, str]:
-    result = run(PreviewConfig(keypoints=keys, output=str(tmp_path / "preview"), pictures=6, **more))
+    result = run(PreviewConfig(keypoints=keys, output=str(tmp_path / "preview"), pictures=6, tracking=NO_TRACKING, **more))
     return result, Path(result["output"]).read_text()
 
 
