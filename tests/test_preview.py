@@ -224,7 +224,8 @@ def annotated(key: str, data: bytes):
 
 
 def preview(tmp_path: Path, keys: str, **more) -> tuple[dict, str]:
-    result = run(PreviewConfig(keypoints=keys, output=str(tmp_path / "preview"), pictures=6, tracking=NO_TRACKING, **more))
+    result = run(PreviewConfig(keypoints=keys, output=str(tmp_path / "preview"), pictures=6,
+                               tracking=NO_TRACKING, **more))
     return result, Path(result["output"]).read_text()
 
 
