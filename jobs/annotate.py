@@ -139,9 +139,13 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice,
         # less than a whole CPU for each thread: actors that take every CPU leave none to Ray Data, which then waits
         num_cpus=0.9 * job.intent["threads"], num_gpus=1 if gpu else 0,
         max_restarts=ACTOR_RESTARTS, max_task_retries=1)
-    for batch in receipts.iter_batches(batch_size=None):
-        for i in range(len(batch["unit"])):
-            yield {name: values[i] for name, values in batch.items()}
+    try:
+        for batch in receipts.iter_batches(batch_size=None):
+            for i in range(len(batch["unit"])):
+                yield {name: values[i] for name, values in batch.items()}
+    except ray.exceptions.RayError as error:
+        raise OSError(f"the actors that annotate {config.output} could not go on; what is committed stays, and the "
+                      f"same command continues. {error}") from error
 
 
 class UnitAnnotator:
@@ -156,12 +160,14 @@ class UnitAnnotator:
         self.output, self.job = output, job
         intent = job.intent
         if intent["backend"] == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"{output} was begun on GPUs, but this actor on {os.uname().nodename} has none.")
+            raise RuntimeError(f"{output} was begun on GPUs, but this actor on {os.uname().nodename} has none. "
+                               "Continue it where there are GPUs, or choose a new --output.")
         torch.use_deterministic_algorithms(intent["deterministic"])
         with tempfile.TemporaryDirectory() as folder:
             model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
             if model_digest(model) != intent["model"]:
-                raise RuntimeError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with.")
+                raise RuntimeError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
+                                   "Restore it, or choose a new --output.")
             self.predictor = Predictor(model, device=intent["backend"], precision=intent["precision"],
                                        flip=intent["flip"], batch_size=intent["batch_size"],
                                        threads=intent["threads"])

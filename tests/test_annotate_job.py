@@ -100,6 +100,14 @@ def test_another_model_into_the_same_output_is_refused(world: Path, finished: Pa
         annotate.run(config(world, str(finished), model=str(other)))
 
 
+def test_a_run_whose_own_model_was_changed_stops_and_says_so(world: Path, finished: Path) -> None:
+    next((finished / "keypoints").iterdir()).unlink()
+    (finished / "_SUCCESS").unlink()
+    (finished / "_model" / "model.json").write_text((finished / "_model" / "model.json").read_text() + "\n")
+    with pytest.raises(OSError, match="not the model that this run was begun with"):
+        annotate.run(config(world, str(finished)))
+
+
 def test_only_a_missing_unit_is_computed_and_its_bytes_are_the_same(world: Path, finished: Path) -> None:
     parts = {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()}
     (finished / "keypoints" / sorted(parts)[0]).unlink()
