@@ -246,8 +246,9 @@ def _seal(config: AnnotateConfig, job: FrozenJob, *, units_done: int) -> dict[st
 
 
 def _counts_of_parts(output: str, job: FrozenJob) -> dict[str, Any]:
+    names = map(job.part_name, range(job.num_units))
     return total_counts(keypoints.pose_metadata(footer)["counts"]
-                        for footer in part_footers(output, keypoints.FOLDER, job))
+                        for footer in part_footers(output, keypoints.FOLDER, names))
 
 
 def _result(output: str, job: FrozenJob, *, units_done: int) -> dict[str, Any]:

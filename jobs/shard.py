@@ -1,179 +1,293 @@
-"""Object storage -> shard dataset, by Ray tasks: list, plan, freeze, read each shard's pictures, write, seal.
+"""Object storage -> shard dataset, by Ray tasks: list, compare with what is there, freeze the plan, read each shard's
+pictures, write, seal. Into an existing dataset it adds what is new or changed, as the next version.
 
 One object under the prefix becomes one row; one that can't be taken keeps its row, with its reason.
 """
 
-import fnmatch
-import functools
 import hashlib
 import logging
-import time
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from jobs.record import record_run
-from jobs.start_ray import num_cpus, start_ray
-from pipeline import shards, storage
+from jobs.shard_tasks import ShardTask, ShardWriter
+from jobs.start_ray import num_cpus, refuse_unshared, start_ray
+from pipeline import shard_plan, shards, storage
+from pipeline import shard_versions as versions
 from pipeline.coco import AnnotatedImage, Annotations, parse_annotations
 from pipeline.config import ShardConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.hash_buckets import HashBuckets
 from pipeline.images import PictureLimits
-from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import ROW_VERSION
+from pipeline.shard_listing import Listing, locator
 from pipeline.units import (
+    UNITS_PER_PLAN_FILE,
     FrozenJob,
     committed_units,
     freeze_job,
     open_job,
-    part_footers,
-    read_unit,
+    read_units,
     refuse_other_intent,
-    total_counts,
 )
 
 logger = logging.getLogger("jobs.shard")
-JOB = "_job-000001.json"
+PICTURES_PER_PLAN_FILE = 1_000_000
+# settings that datasets of older programs were made without, and what they did
+ADDED_SETTINGS = {"accept_truncated": False, "max_pixels": 128_000_000, "duplicates": "keep"}
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """The annotations, and the SHA-256 of their file."""
+
+    annotations: Annotations
+    sha256: str
+
+    @property
+    def images(self) -> dict[str, AnnotatedImage]:
+        """The annotated pictures by name."""
+        return self.annotations.images
 
 
 def run(config: ShardConfig) -> dict[str, Any]:
-    """Shard the pictures; gives the counts, and where the dataset is."""
+    """Shard the pictures, or add to a dataset what it lacks; gives the counts, and where the dataset is."""
     config = locations(config, "images", "output", "annotations")
-    storage.refuse_overlap(config.images, config.output)
-    annotations, annotations_sha256 = _read_annotations(config.annotations)
-    inputs = {"images": config.images, "annotations": config.annotations}
-    intent = _intent(config, annotations_sha256)
-    job = open_job(config.output, JOB)
-    if job is not None:
-        refuse_other_intent(job, config.output, input=inputs, intent=intent)
-    if shards.newest_version(config.output):
-        logger.info("%s is complete; nothing was written", config.output)
-        return _result(config.output, written=0)
-    storage.prove_put_if_absent(config.output)
-    if job is None:
-        job = freeze_job(config.output, _plan(config, annotations), input=inputs, intent=intent, name=JOB)
-        refuse_other_intent(job, config.output, input=inputs, intent=intent)
-    written = _write_missing_parts(config, job, annotations)
-    _seal(config.output, job, annotations, annotations_sha256)
+    _refuse_wrong_command(config)
+    annotations = _read_annotations(config.annotations)
+    base = _newest(config.output)
+    job = _unfinished_job(config, annotations, base)
+    written = 0 if job is None else _finish(config, job, annotations, base)
+    if job is None or config.drop is not None:
+        base = _newest(config.output)
+        job = _freeze_next(config, annotations, base)
+        if job is None:
+            logger.info("%s has all of it; nothing was written", config.output)
+            return _result(config.output, written=0)
+        written = _finish(config, job, annotations, base)
     result = _result(config.output, written=written)
-    record_run(config.tracking, "shard", params={**inputs, "output": config.output, **intent},
+    record_run(config.tracking, "shard", params={**job.input, "output": config.output, **job.intent},
                counts=result["counts"], dataset=(config.output, job.digest))
     return result
 
 
-def _read_annotations(uri: str | None) -> tuple[Annotations | None, str | None]:
+def _finish(config: ShardConfig, job: FrozenJob, annotations: AnnotationFile | None, base: shards.ShardDataset) -> int:
+    """Write what is missing of the version after `base`, and seal it; how many shards were written."""
+    written = _write_missing_parts(config, job, annotations, base.version)
+    _seal(config.output, job, annotations, base)
+    return written
+
+
+def _newest(output: str) -> shards.ShardDataset:
+    version = shards.newest_version(output)
+    return shards.open_shards(output, version) if version else versions.NO_VERSION
+
+
+def _refuse_wrong_command(config: ShardConfig) -> None:
+    if (config.images is None) == (config.drop is None):
+        raise ConfigError("Give --images with what to shard; or --drop with the keys to take out of the dataset, and "
+                          "no --images: taking out and adding are two runs.")
+    if config.annotated_only and config.annotations is None:
+        raise ConfigError("annotated_only=true needs --annotations, which say what is annotated.")
+    if config.images is not None:
+        storage.refuse_overlap(config.images, config.output)
+
+
+def _read_annotations(uri: str | None) -> AnnotationFile | None:
     if uri is None:
-        return None, None
+        return None
     try:
         data = storage.read_object(uri)
     except storage.ObjectMissing:
         raise ConfigError(f"--annotations {uri}: there is no such object.") from None
-    return parse_annotations(data, source=uri), hashlib.sha256(data).hexdigest()
+    return AnnotationFile(parse_annotations(data, source=uri), hashlib.sha256(data).hexdigest())
 
 
-def _intent(config: ShardConfig, annotations_sha256: str | None) -> dict[str, Any]:
+# --- freezing -----------------------------------------------------------------------------------------------------
+
+
+def _input(config: ShardConfig) -> dict[str, Any]:
+    return {"images": config.images, "annotations": config.annotations}
+
+
+def _intent(config: ShardConfig, annotations: AnnotationFile | None) -> dict[str, Any]:
     """All that can change a row or its place."""
-    names = ("images_per_shard", "bytes_per_shard", "include", "annotated_only", "limit", "seed", "validate_pictures")
+    names = ("images_per_shard", "bytes_per_shard", "include", "annotated_only", "limit", "seed", "validate_pictures",
+             *ADDED_SETTINGS)
     return {name: getattr(config, name) for name in names} | {
-        "annotations_sha256": annotations_sha256, "row_version": ROW_VERSION}
+        "annotations_sha256": annotations and annotations.sha256, "row_version": ROW_VERSION}
 
 
-def _plan(config: ShardConfig, annotations: Annotations | None) -> Iterator[list[dict[str, Any]]]:
-    wanted = list(_wanted(config, annotations, storage.list_objects(config.images)))
-    if not wanted:
-        raise DataError(f"{config.images}: nothing to shard is there. Check the prefix, --include and the annotations.")
-    logger.info("%d objects listed under %s", len(wanted), config.images)
-    groups = shards.assign_shards(wanted, seed=config.seed, max_pictures=config.images_per_shard,
-                                  max_bytes=config.bytes_per_shard)
-    for group in groups:
-        yield [{"key": found.name, "etag": found.etag, "size": found.size} for found in group]
+def _unfinished_job(config: ShardConfig, annotations: AnnotationFile | None,
+                    base: shards.ShardDataset) -> FrozenJob | None:
+    """The job of the next version that an earlier run has frozen, if there is one and this command may finish it."""
+    version = base.version + 1
+    job = open_job(config.output, versions.job_name(version))
+    if job is None:
+        return None
+    if job.num_units and config.drop is not None:
+        raise DataError(f"{config.output}: the run that adds version {version} isn't finished. Finish it by its own "
+                        "command, then drop.")
+    if job.num_units:  # one without units only takes rows out: nothing that a setting could change
+        refuse_other_intent(job, config.output, input=_input(config), intent=_intent(config, annotations),
+                            added=ADDED_SETTINGS)
+    logger.info("continuing version %d, which an earlier run began; run again for what came since", version)
+    return job
 
 
-def _wanted(config: ShardConfig, annotations: Annotations | None,
-            listed: Iterable[storage.StoredObject]) -> Iterator[storage.StoredObject]:
-    count = 0
-    for found in listed:
-        named = config.include is None or fnmatch.fnmatch(found.name, config.include)
-        annotated = not config.annotated_only or (annotations is not None and found.name in annotations.images)
-        if named and annotated and (config.limit is None or count < config.limit):
-            count += 1
-            yield found
+def _freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
+                 base: shards.ShardDataset) -> FrozenJob | None:
+    """Freeze the job of the next version; None where there is nothing to do."""
+    if config.drop is not None:
+        job = _freeze_drop(config, base)
+    else:
+        if base.version:
+            _refuse_other_settings(config, annotations, base)
+        storage.prove_put_if_absent(config.output)
+        job = _freeze_growth(config, annotations, base)
+    if job is not None and base.version:
+        logger.info("version %d: %s", base.version + 1, job.about["changes"])
+    return job
 
 
-def _write_missing_parts(config: ShardConfig, job: FrozenJob, annotations: Annotations | None) -> int:
+def _refuse_other_settings(config: ShardConfig, annotations: AnnotationFile | None, base: shards.ShardDataset) -> None:
+    """A dataset grows by the settings with which it was made; the annotations may have grown too."""
+    before = versions.open_version_job(config.output, base.version)
+    if before.input["annotations"] and annotations is None:
+        raise ConfigError(f"{config.output} was made with --annotations {before.input['annotations']}. Give them, or "
+                          "what they have become, or choose a new --output.")
+    if base.skeleton is not None and annotations is not None and annotations.annotations.skeleton != base.skeleton:
+        raise ConfigError(f"{config.annotations} has another skeleton than {config.output} version {base.version}. "
+                          "Choose a new --output.")
+    same = {"annotations": before.input["annotations"]}
+    refuse_other_intent(before, config.output, input={**_input(config), **same}, added=ADDED_SETTINGS, intent={
+        **_intent(config, annotations), "annotations_sha256": before.intent["annotations_sha256"]})
+
+
+def _freeze_growth(config: ShardConfig, annotations: AnnotationFile | None,
+                   base: shards.ShardDataset) -> FrozenJob | None:
+    images = annotations.images if annotations else {}
+    with (HashBuckets(shard_plan.LISTED) as listed, HashBuckets(shard_plan.LIVE) as live,
+          HashBuckets(shard_plan.LISTED) as fresh):
+        listing = Listing(str(config.images), include=config.include, limit=config.limit, annotated=images,
+                          annotated_only=config.annotated_only)
+        shard_plan.spread(listing.tables(), listed, seed=config.seed)
+        shard_plan.spread(versions.rows_to_compare(base, _changed_annotations(annotations, base)), live,
+                          seed=config.seed)
+        dropped = [shard_plan.DROPPED.empty_table()]
+        for take, drop in shard_plan.compare(listed, live, left_out=versions.left_out(base), source=str(config.images),
+                                             look_again=versions.look_again_at(locator(str(config.images)))):
+            fresh.add(take.drop_columns("hash"), take["hash"].to_numpy())
+            dropped.append(drop)
+        gone = pa.concat_tables(dropped)
+        num_taken = int(fresh.rows.sum())
+        logger.info("%d objects listed under %s, %d to take", listing.count, config.images, num_taken)
+        if not num_taken and not len(gone):
+            return None
+        changed = len(gone.filter(pc.equal(gone["why"], shard_plan.CHANGED)))
+        _name_removed(gone)
+        changes = {"new": num_taken - changed, "changed": changed, "removed": len(gone) - changed}
+        bounds = shard_plan.Bounds(config.images_per_shard, config.bytes_per_shard)
+        job = freeze_job(
+            config.output, shard_plan.assign_shards(fresh, bounds), input=_input(config),
+            intent=_intent(config, annotations), name=versions.job_name(base.version + 1),
+            dropped=gone if base.version else None, accept_winner=not base.version,
+            about={"changes": changes, "listed": listing.count,
+                   "annotated_not_listed": len(images) - listing.num_annotated},
+            units_per_file=max(1, min(UNITS_PER_PLAN_FILE, PICTURES_PER_PLAN_FILE // config.images_per_shard)))
+    refuse_other_intent(job, config.output, input=_input(config), intent=_intent(config, annotations),
+                        added=ADDED_SETTINGS)
+    return job
+
+
+def _name_removed(gone: pa.Table) -> None:
+    removed = gone.filter(pc.equal(gone["why"], shard_plan.REMOVED))["key"]
+    if len(removed):
+        names = ", ".join(removed.slice(0, 5).to_pylist())
+        logger.info("%d pictures are no longer listed, and dropped: %s%s", len(removed), names,
+                    ", ..." if len(removed) > 5 else "")
+
+
+def _changed_annotations(annotations: AnnotationFile | None,
+                         base: shards.ShardDataset) -> dict[str, AnnotatedImage] | None:
+    """The annotations, if they aren't those that the version was made with."""
+    if not base.version or (annotations and annotations.sha256) == base.json["source"]["annotations_sha256"]:
+        return None
+    return annotations.images if annotations else {}
+
+
+def _freeze_drop(config: ShardConfig, base: shards.ShardDataset) -> FrozenJob | None:
+    """A version without some keys: their rows no longer count, and they stay out of all later versions."""
+    if not base.version:
+        raise DataError(f"{config.output} holds no shard dataset to drop anything from.")
+    rows = versions.find_rows(base, _keys_to_drop(str(config.drop)), source=str(config.drop))
+    if not len(rows):
+        return None
+    before = versions.open_version_job(config.output, base.version)
+    return freeze_job(config.output, [], input=before.input, intent=before.intent, dropped=rows,
+                      accept_winner=False, name=versions.job_name(base.version + 1),
+                      about={"changes": {"dropped on request": len(rows)}})
+
+
+def _keys_to_drop(uri: str) -> list[str]:
+    """One key on each line."""
+    try:
+        keys = storage.read_object(uri).decode().splitlines()
+    except storage.ObjectMissing:
+        raise ConfigError(f"--drop {uri}: there is no such file. Expected keys, one on each line.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--drop {uri}: not UTF-8 text. Expected keys, one on each line.") from None
+    return [key for key in keys if key]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def _write_missing_parts(config: ShardConfig, job: FrozenJob, annotations: AnnotationFile | None,
+                         base_version: int) -> int:
     """One Ray task for each shard that isn't there yet; how many were written."""
-    missing = sorted(set(range(job.num_units)) - committed_units(config.output, shards.FOLDER, job))
+    earlier = [versions.open_version_job(config.output, version) for version in range(1, base_version + 1)]
+    missing = sorted(set(range(job.num_units))
+                     - committed_units(config.output, shards.FOLDER, job, earlier=earlier))
     logger.info("%d of %d shards are there; writing %d", job.num_units - len(missing), job.num_units, len(missing))
     if not missing:
         return 0
-    import ray
-
+    task = ShardTask(images=str(config.images), output=config.output, threads=config.ray.threads,
+                     full=config.validate_pictures == "full",
+                     limits=PictureLimits(max_pixels=config.max_pixels))
     with start_ray():
-        task = ray.remote(num_cpus=1, max_retries=3)(write_shard)
-        at_once = config.ray.tasks or 2 * num_cpus()
-        running: dict[Any, int] = {}
-        began = last = time.monotonic()
-        for done, unit in enumerate(missing):
-            while len(running) >= at_once:
-                _wait_for_one(running)
-            planned = read_unit(config.output, job, unit)
-            images = {row["key"]: annotations.images.get(row["key"]) for row in planned} if annotations else {}
-            running[task.remote(config, job, unit, planned, images)] = unit
-            if time.monotonic() - last > 5:
-                last = time.monotonic()
-                logger.info("%d of %d shards, %.0f s", done - len(running), len(missing), last - began)
-        while running:
-            _wait_for_one(running)
+        refuse_unshared(inputs=[task.images], outputs=[config.output])
+        writer = ShardWriter(task, job, at_once=config.ray.tasks or 2 * num_cpus(), total=len(missing))
+        for unit, planned in read_units(config.output, job, missing):
+            images = {key: annotations.images.get(key) for key in planned["key"].to_pylist()} if annotations else {}
+            writer.submit(unit, planned, images)
+        writer.finish()
     return len(missing)
 
 
-def _wait_for_one(running: dict[Any, int]) -> None:
-    import ray
-
-    ready, _ = ray.wait(list(running), num_returns=1)
-    unit = running.pop(ready[0])
-    try:
-        ray.get(ready[0])
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
-    except ray.exceptions.RayError as error:
-        raise OSError(f"shard {unit} could not be written: {error}. What is written stays; run again.") from error
+# --- sealing ------------------------------------------------------------------------------------------------------
 
 
-def write_shard(config: ShardConfig, job: FrozenJob, unit: int, planned: list[dict[str, Any]],
-                images: dict[str, AnnotatedImage | None]) -> None:
-    """Read one shard's pictures and commit its part."""
-    full = config.validate_pictures == "full"
-    rows = [shards.shard_row(row, images.get(row["key"]), functools.partial(_read, config.images, row),
-                             limits=PictureLimits(), full=full) for row in planned]
-    storage.put_if_absent(storage.join(config.output, shards.FOLDER, job.part_name(unit)), shards.part_bytes(rows))
-
-
-def _read(images: str, row: dict[str, Any]) -> bytes:
-    return storage.read_object(storage.join(images, row["key"]), etag=row["etag"])
-
-
-def _seal(output: str, job: FrozenJob, annotations: Annotations | None, annotations_sha256: str | None) -> None:
-    """Write `dataset-000001.json`, last: from the parts themselves, never from a process's counters."""
-    counts = [shards.part_counts(footer) for footer in part_footers(output, shards.FOLDER, job)]
-    names = [job.part_name(unit) for unit in range(job.num_units)]
-    parts = [shards.ShardPart(name, storage.stored_sha256(storage.join(output, shards.FOLDER, name)), count)
-             for name, count in zip(names, counts, strict=True)]
-    total = total_counts(counts)
-    if total["rows"] != job.plan["pictures"]:
-        raise DataError(f"{output}: {job.plan['pictures']} objects were planned, but the parts have "
-                        f"{total['rows']} rows.")
-    skeleton: Skeleton | None = annotations.skeleton if annotations else None
-    source = {**job.input, "annotations_sha256": annotations_sha256, "plan": job.plan, "job": job.digest,
-              "annotation_counts": annotations.counts if annotations else None}
-    data = shards.dataset_json(parts, version=1, skeleton=skeleton, source=source, counts=total)
-    storage.put_if_absent(storage.join(output, shards.version_name(1)), data)
+def _seal(output: str, job: FrozenJob, annotations: AnnotationFile | None, base: shards.ShardDataset) -> None:
+    source = base.json.get("source", {}) | {
+        **job.input, "plan": job.plan, "job": job.digest, "annotations_sha256": job.intent["annotations_sha256"],
+        "listed": job.about.get("listed"), "annotated_not_listed": job.about.get("annotated_not_listed")}
+    skeleton = base.skeleton
+    if annotations is not None:
+        source["annotation_counts"], skeleton = annotations.annotations.counts, annotations.annotations.skeleton
+    versions.seal(output, base.version + 1, job, base, source=source, skeleton=skeleton,
+                  keep_copies=job.intent.get("duplicates") != "once")
 
 
 def _result(output: str, *, written: int) -> dict[str, Any]:
     dataset = shards.open_shards(output)
     counts = dataset.json["counts"]
-    logger.info("%s version %d: %d objects listed = %d rows; %d pictures, %d persons (%d trainable), %d refused %s",
-                output, dataset.version, dataset.json["source"]["plan"]["pictures"], counts["rows"],
-                counts["pictures"], counts["persons"], counts["trainable"], counts["refused"], counts["reasons"] or "")
+    logger.info("%s version %d: %d rows = %d pictures + %d refused + %d that are no pictures %s; %d persons "
+                "(%d trainable); %d duplicates", output, dataset.version, counts["rows"], counts["pictures"],
+                counts["refused"], counts.get("not_pictures", 0), counts["reasons"] or "", counts["persons"],
+                counts["trainable"], counts.get("duplicates", 0))
     return {"job": "shard", "output": output, "dataset_version": dataset.version, "shards": len(dataset.parts),
-            "shards_written": written, "counts": counts}
+            "shards_written": written, "changes": dataset.json.get("changes"), "counts": counts}

@@ -3,10 +3,17 @@
 import contextlib
 import logging
 import os
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.errors import ConfigError
 
 logger = logging.getLogger("jobs.ray")
+PROBED_OBJECTS = 5
 
 
 @contextlib.contextmanager
@@ -55,6 +62,47 @@ def _resources() -> str:
 
     have = ray.cluster_resources()
     return ", ".join(f"{have[kind]:g} {kind}" for kind in ("CPU", "GPU") if kind in have)
+
+
+def refuse_unshared(*, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    """Refuse (ConfigError) local paths that a node of the cluster doesn't see as this one does; each is named.
+
+    For an output the driver writes a probe file that every node must see; of an input, the first objects listed.
+    """
+    import ray
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    local_inputs = [uri for uri in inputs if not storage.is_remote(uri)]
+    local_outputs = [uri for uri in outputs if not storage.is_remote(uri)]
+    if len(nodes) < 2 or not (local_inputs or local_outputs):
+        return
+    seen = {found.uri: found.etag for uri in local_inputs for found in islice(_objects_at(uri), PROBED_OBJECTS)}
+    probes = [storage.join(uri, f"_probe-{uuid.uuid4().hex}") for uri in local_outputs]
+    try:
+        for probe in probes:
+            storage.put_if_absent(probe, b"seen?")
+            seen[probe] = storage.describe_object(probe).etag
+        look = ray.remote(num_cpus=0)(_unseen)
+        for node in nodes:
+            there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+            unseen = ray.get(look.options(scheduling_strategy=there).remote(seen))
+            if unseen:
+                raise ConfigError(f"{unseen[0]}: a node of the cluster ({node[:8]}) doesn't see this file as the "
+                                  "driver does. Give s3:// addresses, or a folder that all nodes share.")
+    finally:
+        for probe in probes:
+            Path(probe).unlink(missing_ok=True)
+
+
+def _objects_at(uri: str) -> Iterator[storage.StoredObject]:
+    one = storage.describe_object(uri)
+    return iter([one]) if one else storage.list_objects(uri)
+
+
+def _unseen(objects: dict[str, str]) -> list[str]:
+    """On a node: which of the objects aren't there with the ETag that the driver sees."""
+    found = {uri: storage.describe_object(uri) for uri in objects}
+    return [uri for uri, etag in objects.items() if found[uri] is None or found[uri].etag != etag]
 
 
 def num_gpus() -> int:

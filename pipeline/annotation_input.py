@@ -7,12 +7,10 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import shards, storage
@@ -20,11 +18,12 @@ from pipeline.annotation import PictureToAnnotate, annotated_boxes, strongest_bo
 from pipeline.coco import parse_detections
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureRefused
+from pipeline.inventory import LIST_SCHEMA, is_list, read_list
 from pipeline.rows import Boxes
+from pipeline.shard_plan import listed_tables, refuse_repeated
 
 SHARDS, PREFIX, LIST = "shards", "prefix", "list"
 ANNOTATED, WHOLE_IMAGE, DETECTIONS = "annotated", "whole-image", "detections"
-LIST_ENDINGS = (".parquet", ".csv")
 BOX_SCHEMA = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
                         ("score", pa.float64())])
 
@@ -50,19 +49,19 @@ class BoxChoice:
 def describe_input(uri: str) -> dict[str, Any]:
     """The kind of input at this URI, with its version where it has versions."""
     uri = storage.normalise(uri)
-    if uri.endswith(LIST_ENDINGS):
+    if is_list(uri):
         return {"kind": LIST, "uri": uri}
     version = shards.newest_version(uri)
     return {"kind": SHARDS, "uri": uri, "version": version} if version else {"kind": PREFIX, "uri": uri}
 
 
-def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None) -> Iterator[list[dict[str, Any]]]:
-    """The units of an input, each a list of planned pictures (PLAN_SCHEMA without `unit`)."""
+def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None) -> Iterator[pa.Table]:
+    """The units of an input, each a table of planned pictures (columns of PLAN_SCHEMA)."""
     if source["kind"] == SHARDS:
         units = _shard_units(shards.open_shards(source["uri"], source["version"]))
     else:
         listed = _listed(source["uri"]) if source["kind"] == LIST else _under_prefix(source["uri"])
-        units = _chunks(listed, pictures_per_unit)
+        units = _units_of(listed, pictures_per_unit)
     found = False
     for unit in _limited(units, limit):
         found = True
@@ -77,47 +76,47 @@ def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]],
     if source["kind"] == SHARDS:
         dataset = _open_shards_once(source["uri"], source["version"])
         part = next(part for part in dataset.parts if part.name == planned[0]["part"])
-        rows = {row["key"]: row for row in shards.read_part(dataset, part).to_pylist()}
-        yield from (_sharded_picture(rows[one["key"]], boxes) for one in planned)
+        wanted = {one["key"] for one in planned}  # in the part's order, which is the plan's
+        yield from (_sharded_picture(row, boxes) for row in shards.iterate_part(dataset, part) if row["key"] in wanted)
     else:
         root = source["uri"] if source["kind"] == PREFIX else None
         yield from (_plain_picture(root, one, boxes) for one in planned)
 
 
-def _shard_units(dataset: shards.ShardDataset) -> Iterator[list[dict[str, Any]]]:
-    for part in dataset.parts:
-        table = shards.read_part_columns(dataset, part, ["key", "etag", "size", "sha256"])
-        yield [{**row, "part": part.name} for row in table.to_pylist()]
+def _shard_units(dataset: shards.ShardDataset) -> Iterator[pa.Table]:
+    columns = ["key", "etag", "size", "sha256"]
+    for part, table in shards.read_columns(dataset, columns):
+        yield table.append_column("part", pa.array([part.name] * len(table), pa.string()))
 
 
-def _under_prefix(uri: str) -> Iterator[dict[str, Any]]:
-    for found in storage.list_objects(uri):
-        yield {"key": found.name, "etag": found.etag, "size": found.size}
+def _under_prefix(uri: str) -> Iterator[pa.Table]:
+    return listed_tables(storage.list_objects(uri))
 
 
-def _listed(uri: str) -> Iterator[dict[str, Any]]:
-    """A list's rows: `uri` is needed, `etag` and `size` are optional; an URI that is listed twice is refused."""
-    data = pa.BufferReader(storage.read_object(uri))
-    table = pq.read_table(data) if uri.endswith(".parquet") else pyarrow.csv.read_csv(data)
-    if "uri" not in table.column_names:
-        raise DataError(f"{uri}: a list of pictures needs a column `uri`; it has {', '.join(table.column_names)}.")
-    rows = sorted(table.to_pylist(), key=lambda row: str(row["uri"]).encode())
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before["uri"] == row["uri"]:
-            raise DataError(f"{uri} lists {row['uri']} more than once; each picture has one entry.")
-        yield {"key": row["uri"], "etag": row.get("etag"), "size": row.get("size")}
+def _listed(uri: str) -> Iterator[pa.Table]:
+    """A list's rows, sorted by URI; one that is listed twice is refused."""
+    table = pa.concat_tables([LIST_SCHEMA.empty_table(), *read_list(uri)]).sort_by("uri")
+    refuse_repeated(table["uri"], uri)
+    yield table.rename_columns({"uri": "key"})
 
 
-def _chunks(pictures: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    remaining = iter(pictures)
-    while chunk := list(islice(remaining, size)):
-        yield chunk
+def _units_of(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size`, and a last one of fewer."""
+    waiting = None
+    for table in tables:
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        whole = len(waiting) // size * size
+        for start in range(0, whole, size):
+            yield waiting.slice(start, size)
+        waiting = waiting.slice(whole)
+    if waiting is not None and len(waiting):
+        yield waiting
 
 
-def _limited(units: Iterable[list[dict[str, Any]]], limit: int | None) -> Iterator[list[dict[str, Any]]]:
+def _limited(units: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
     left = limit
     for unit in units:
-        yield unit[:left]
+        yield unit.slice(0, left)
         left = None if left is None else left - len(unit)
         if left is not None and left <= 0:
             return

@@ -30,24 +30,29 @@ class TrackingConfig(Settings):
 
 
 class RayConfig(Settings):
-    """How many processes work at once. Nothing here can change a row."""
+    """How much is done at once. Nothing here can change a row."""
 
     tasks: int | None = Field(None, ge=1, description="tasks at once; default: one for each core")
+    threads: int = Field(16, ge=1, description="objects read at once by each task")
 
 
 class ShardConfig(Settings):
-    """`shard`: pictures under a prefix, and their annotations -> a shard dataset."""
+    """`shard`: pictures under a prefix, and their annotations -> a shard dataset; again, the same one grown."""
 
-    images: str
+    images: str | None = None
     output: str
     annotations: str | None = None
+    drop: str | None = None
     images_per_shard: int = Field(1000, ge=1)
-    bytes_per_shard: int = Field(128_000_000, ge=1_000_000)
+    bytes_per_shard: int = Field(128_000_000, ge=1_000_000, le=2_000_000_000)
     include: str | None = None
     annotated_only: bool = False
     limit: int | None = Field(None, ge=1)
     seed: int = 0
     validate_pictures: Literal["header", "full"] = Field("header", alias="validate")
+    accept_truncated: bool = Field(False, description="take a picture whose end is missing, as far as it goes")
+    max_pixels: int = Field(128_000_000, ge=1)
+    duplicates: Literal["keep", "once"] = Field("keep", description="pictures with the same bytes as another")
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
 

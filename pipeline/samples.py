@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureRefused, decode_picture
 from pipeline.pose.augment import Augmentation, TrainingSample, sample_generator, training_sample
 from pipeline.pose.skeleton import Skeleton
-from pipeline.shards import ShardDataset, is_trainable, read_part, read_part_columns
+from pipeline.shards import ShardDataset, is_trainable, read_part
 
 logger = logging.getLogger("pipeline.samples")
 
@@ -120,14 +120,7 @@ def group_turns(turns: Iterator[Turn], counts: Sequence[int], *, num_samples: in
 
 def trainable_counts(dataset: ShardDataset) -> list[int]:
     """How many persons of each shard are trained on; DataError where there is none at all."""
-    altered = {name for name, _ in dataset.dropped}
-    counts = []
-    for part in dataset.parts:
-        if part.name in altered:
-            table = read_part_columns(dataset, part, ["key", "reason", "persons"])
-            counts.append(sum(len(persons) for persons in _trainable_persons(table)))
-        else:
-            counts.append(int(part.counts["trainable"]))
+    counts = [int(part.counts["trainable"]) for part in dataset.parts]
     if not sum(counts):
         raise DataError(f"{dataset.uri} has no person to train on (none with a labelled joint that isn't a crowd). "
                         "Shard with --annotations that have keypoints.")
@@ -138,7 +131,8 @@ def dataset_digest(dataset: ShardDataset) -> str:
     """What identifies a shard dataset's live content, wherever it lies: SHA-256 over its parts and dropped rows."""
     digest = hashlib.sha256()
     parts = [(part.name, part.sha256) for part in dataset.parts]
-    for line in map(repr, [*parts, *sorted(dataset.dropped)]):
+    dropped = zip(dataset.dropped["part"].to_pylist(), dataset.dropped["key"].to_pylist(), strict=True)
+    for line in map(repr, [*parts, *sorted((part or "", key) for part, key in dropped)]):
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
 

@@ -5,7 +5,8 @@ It knows the form of the dataset, and neither how many write it at once nor what
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.ahead import map_ahead
 from pipeline.coco import AnnotatedImage, Person
 from pipeline.errors import DataError
-from pipeline.images import PictureLimits, PictureRefused, decode_picture, read_header
+from pipeline.images import PictureHeader, PictureRefused
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import SHARD_SCHEMA
-from pipeline.storage import StoredObject
+from pipeline.shard_plan import DROPPED
 
 VERSION = 1
 FOLDER = "shards"
+NOT_A_PICTURE = "not_a_picture"
+STREAMED_ROWS = 16  # some 3 MB of pictures
 
 
 @dataclass(frozen=True)
@@ -42,67 +46,42 @@ class ShardDataset:
     version: int
     parts: tuple[ShardPart, ...]
     skeleton: Skeleton | None
-    dropped: frozenset[tuple[str, str]]  # (part, key): rows of older parts that no longer count
+    dropped: pa.Table  # part, key, why: rows of parts that don't count in this version
     json: dict[str, Any]
-
-
-# --- planning -----------------------------------------------------------------------------------------------------
-
-
-def assign_shards(objects: Iterable[StoredObject], *, seed: int, max_pictures: int,
-                  max_bytes: int) -> list[list[StoredObject]]:
-    """Which picture goes to which shard: bounded by count and bytes, each shard sorted by name.
-
-    It follows from names, sizes and the seed alone. Pictures are spread by a hash of their names, and a group that
-    is too large is halved by the hash's next bit: another picture changes its own shard, and no other. An object
-    that is larger than `max_bytes` has a shard to itself.
-    """
-    hashed = sorted((_name_hash(found.name, seed), found) for found in objects)
-    groups = _halve(hashed, 255, max_pictures, max_bytes)
-    return [sorted((found for _, found in group), key=lambda found: found.name.encode()) for group in groups if group]
-
-
-def _name_hash(name: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest(), "big")
-
-
-def _halve(hashed: list[tuple[int, Any]], bit: int, max_pictures: int,
-           max_bytes: int) -> Iterator[list[tuple[int, Any]]]:
-    if len(hashed) <= max_pictures and (len(hashed) <= 1 or sum(found.size for _, found in hashed) <= max_bytes):
-        yield hashed
-        return
-    low = [pair for pair in hashed if not pair[0] >> bit & 1]
-    yield from _halve(low, bit - 1, max_pictures, max_bytes)
-    yield from _halve(hashed[len(low):], bit - 1, max_pictures, max_bytes)
 
 
 # --- one picture, one part ----------------------------------------------------------------------------------------
 
 
-def shard_row(planned: Mapping[str, Any], image: AnnotatedImage | None, read: Callable[[], bytes], *,
-              limits: PictureLimits, full: bool) -> dict[str, Any]:
+def shard_row(planned: Mapping[str, Any], image: AnnotatedImage | None, read: Callable[[], bytes],
+              examine: Callable[[bytes], PictureHeader], *, max_bytes: int) -> dict[str, Any]:
     """The row (SHARD_SCHEMA) of one listed object: its bytes as stored, or the reason why they could not be taken.
 
-    planned  key, etag, size of the object
+    planned  key, etag, size of the object; one above `max_bytes` isn't read
     image    what the annotations say of it, or None
     read     gives its bytes; raises ObjectMissing, ObjectChanged, ObjectForbidden. Trouble with the store itself
              (any other StorageError) is not about the picture, and passes through.
-    full     decode the picture, rather than look at its header alone
+    examine  bytes -> the picture's header, or PictureRefused
     """
     row: dict[str, Any] = dict.fromkeys(SHARD_SCHEMA.names)
     row |= {name: planned[name] for name in ("key", "etag", "size")}
     if image is not None:
-        row |= {"image_id": image.image_id, "persons": [_person_struct(person) for person in image.persons]}
+        row |= {"image_id": image.image_id, "persons": persons_of(image)}
     try:
+        if planned["size"] is not None and planned["size"] > max_bytes:
+            raise PictureRefused("too_large_bytes", f"{planned['size']} bytes, and the limit is {max_bytes}")
         data = read()
-        row["sha256"] = hashlib.sha256(data).hexdigest()
-        header = read_header(data, limits)
-        if full:
-            decode_picture(data, limits)
+        row |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+        header = examine(data)
         _refuse_other_size(image, header.width, header.height)
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
         return row | {"reason": storage.reason_of(error), "error": str(error)}
     return row | {"bytes": data, "width": header.width, "height": header.height}
+
+
+def persons_of(image: AnnotatedImage) -> list[dict[str, Any]]:
+    """What a row's column `persons` holds of an annotated picture."""
+    return [_person_struct(person) for person in image.persons]
 
 
 def _refuse_other_size(image: AnnotatedImage | None, width: int, height: int) -> None:
@@ -139,15 +118,14 @@ def leaf_columns(schema: pa.Schema) -> list[str]:
 
 
 def count_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many rows, bytes and persons, how many persons can be trained on, and how many refused by which reason."""
-    persons = [person for row in rows if row["bytes"] is not None for person in row["persons"] or ()]
-    reasons: dict[str, int] = {}
-    for row in rows:
-        if row["reason"] is not None:
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-    return {"rows": len(rows), "pictures": sum(row["bytes"] is not None for row in rows),
-            "refused": sum(reasons.values()), "reasons": dict(sorted(reasons.items())),
-            "bytes": sum(len(row["bytes"] or b"") for row in rows), "persons": len(persons),
+    """How many rows: pictures, refused pictures by reason, and objects that are no pictures; the pictures' bytes,
+    their persons, and how many of those can be trained on. Needs the columns `reason`, `size` and `persons`."""
+    pictures = [row for row in rows if row["reason"] is None]
+    persons = [person for row in pictures for person in row["persons"] or ()]
+    reasons = Counter(row["reason"] for row in rows if row["reason"] is not None)
+    return {"rows": len(rows), "pictures": len(pictures), "refused": reasons.total() - reasons[NOT_A_PICTURE],
+            "not_pictures": reasons[NOT_A_PICTURE], "reasons": dict(sorted(reasons.items())),
+            "bytes": sum(row["size"] for row in pictures), "persons": len(persons),
             "trainable": sum(is_trainable(person) for person in persons)}
 
 
@@ -162,7 +140,7 @@ def is_trainable(person: Mapping[str, Any]) -> bool:
     return not person["iscrowd"] and any(visible > 0 for visible in (person["keypoints"] or ())[2::3])
 
 
-# --- the dataset's versions ---------------------------------------------------------------------------------------
+# --- a version of the dataset -------------------------------------------------------------------------------------
 
 
 def version_name(version: int) -> str:
@@ -171,11 +149,17 @@ def version_name(version: int) -> str:
 
 
 def dataset_json(parts: Sequence[ShardPart], *, version: int, skeleton: Skeleton | None, source: dict[str, Any],
-                 counts: dict[str, Any]) -> bytes:
-    """What `dataset-00000N.json` holds: all live parts with their SHA-256, counts, skeleton, source."""
+                 counts: dict[str, Any], dropped: tuple[str, str] | None = None,
+                 changes: dict[str, int] | None = None) -> bytes:
+    """What `dataset-00000N.json` holds: all live parts with their SHA-256, counts, skeleton, source.
+
+    dropped  name and SHA-256 of the list of the parts' rows that don't count
+    changes  how many rows came and went since the version before, by why
+    """
     return json.dumps({
-        "version": VERSION, "dataset_version": version, "counts": counts, "source": source,
-        "skeleton": None if skeleton is None else skeleton.to_json(), "dropped": None,
+        "version": VERSION, "dataset_version": version, "counts": counts, "changes": changes, "source": source,
+        "skeleton": None if skeleton is None else skeleton.to_json(),
+        "dropped": dropped and dropped[0], "dropped_sha256": dropped and dropped[1],
         "parts": [{"name": part.name, "sha256": part.sha256, "counts": part.counts} for part in parts],
     }, indent=1).encode()
 
@@ -205,36 +189,64 @@ def newest_version(uri: str) -> int:
     return version
 
 
-def _dropped(uri: str, name: str | None) -> frozenset[tuple[str, str]]:
+def _dropped(uri: str, name: str | None) -> pa.Table:
     if name is None:
-        return frozenset()
-    table = pq.read_table(pa.BufferReader(storage.read_object(storage.join(uri, name))))
-    return frozenset(zip(table["part"].to_pylist(), table["key"].to_pylist(), strict=True))
+        return DROPPED.empty_table()
+    return pq.read_table(pa.BufferReader(storage.read_object(storage.join(uri, name))))
 
 
 def read_part(dataset: ShardDataset, part: ShardPart, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard's live rows; the file's SHA-256 is checked first, and a wrong one is refused by name (DataError)."""
+    table = pq.read_table(_checked_part(dataset, part), columns=None if columns is None else list(columns))
+    return live_rows(dataset, part, table)
+
+
+def iterate_part(dataset: ShardDataset, part: ShardPart,
+                 columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """One shard's live rows one by one, in the order of their keys: in memory are the file as stored and some rows.
+
+    Refused as by `read_part`, before the first row comes. `columns` must hold `key`.
+    """
+    with pq.ParquetFile(_checked_part(dataset, part)) as file:
+        for batch in file.iter_batches(STREAMED_ROWS, columns=None if columns is None else list(columns)):
+            yield from live_rows(dataset, part, pa.Table.from_batches([batch])).to_pylist()
+
+
+def _checked_part(dataset: ShardDataset, part: ShardPart) -> pa.BufferReader:
     uri = storage.join(dataset.uri, FOLDER, part.name)
     data = storage.read_object(uri)
     found = hashlib.sha256(data).hexdigest()
     if found != part.sha256:
         raise DataError(f"{uri} is damaged: its SHA-256 is {found[:16]}..., but {version_name(dataset.version)} says "
                         f"{part.sha256[:16]}.... Restore the object, or shard again.")
-    table = pq.read_table(pa.BufferReader(data), columns=None if columns is None else list(columns))
-    return _live(dataset, part, table)
+    return pa.BufferReader(data)
 
 
 def read_part_columns(dataset: ShardDataset, part: ShardPart, columns: Sequence[str]) -> pa.Table:
     """Some columns of one shard's live rows (`key` among them), without reading the pictures and so unchecked."""
-    uri = storage.join(dataset.uri, FOLDER, part.name)
-    filesystem, path = storage.arrow_filesystem(uri)
+    return live_rows(dataset, part, stored_columns(dataset.uri, part.name, columns))
+
+
+def read_columns(dataset: ShardDataset, columns: Sequence[str]) -> Iterator[tuple[ShardPart, pa.Table]]:
+    """`read_part_columns` of every part in their order, several read ahead."""
+    tables = map_ahead(lambda part: read_part_columns(dataset, part, columns), dataset.parts)
+    return zip(dataset.parts, tables, strict=True)
+
+
+def stored_columns(uri: str, name: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of all rows of one part of the dataset at `uri`, whether they count or not."""
+    place = storage.join(uri, FOLDER, name)
+    filesystem, path = storage.arrow_filesystem(place)
     try:
         with filesystem.open_input_file(path) as file:
-            return _live(dataset, part, pq.ParquetFile(file).read(list(columns)))
+            return pq.ParquetFile(file).read(list(columns))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri} can't be read ({error}). Restore the object, or shard again.") from None
+        raise DataError(f"{place} can't be read ({error}). Restore the object, or shard again.") from None
 
 
-def _live(dataset: ShardDataset, part: ShardPart, table: pa.Table) -> pa.Table:
-    gone = [key for name, key in dataset.dropped if name == part.name]
-    return table.filter(pc.invert(pc.is_in(table["key"], pa.array(gone, pa.string())))) if gone else table
+def live_rows(dataset: ShardDataset, part: ShardPart, table: pa.Table) -> pa.Table:
+    """The rows of a part's table that count in this version."""
+    if not len(dataset.dropped):
+        return table
+    gone = dataset.dropped.filter(pc.equal(dataset.dropped["part"], part.name))["key"]
+    return table.filter(pc.invert(pc.is_in(table["key"], gone.combine_chunks()))) if len(gone) else table

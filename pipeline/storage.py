@@ -133,7 +133,7 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
         yield from _list_disk(Path(prefix_uri))
 
 
-def read_object(uri: str, *, etag: str | None = None) -> bytes:
+def read_object(uri: str, *, etag: str | None = None, neighbours: Any = ()) -> bytes:
     """The object's bytes; with `etag`, ObjectChanged unless it is still that object."""
     uri = normalise(uri)
     if is_remote(uri):
@@ -147,6 +147,17 @@ def exists(uri: str) -> bool:
     if not is_remote(uri):
         return Path(uri).is_file()
     return _retried(uri, lambda: _head_s3(uri)) is not None
+
+
+def describe_object(uri: str) -> StoredObject | None:
+    """What a listing would say of one object (`name`: its last component), or None."""
+    uri = normalise(uri)
+    name = uri.rpartition("/")[2]
+    if not is_remote(uri):
+        path = Path(uri)
+        return StoredObject(name, uri, path.stat().st_size, _disk_etag(path.stat())) if path.is_file() else None
+    head = _retried(uri, lambda: _head_s3(uri))
+    return None if head is None else StoredObject(name, uri, head["ContentLength"], head["ETag"].strip('"'))
 
 
 def stored_sha256(uri: str) -> str:

@@ -5,12 +5,14 @@ the plan under `_plan/`, `_job.json` that names it, and one listing of the parts
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -18,11 +20,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.ahead import map_ahead
 from pipeline.errors import ConfigError, DataError
 from pipeline.rows import PLAN_SCHEMA
 
 VERSION = 1
 UNITS_PER_PLAN_FILE = 1000
+DROPPED_FILE = "dropped.parquet"
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{8})\.parquet")
 
 
@@ -36,13 +40,18 @@ class FrozenJob:
     digest: str
     input: dict[str, Any]
     intent: dict[str, Any]
-    plan: dict[str, Any]  # digest, units, pictures
+    plan: dict[str, Any]  # digest, units, pictures, units_per_file; how many rows of earlier versions are dropped
     about: dict[str, Any]
 
     @property
     def num_units(self) -> int:
         """Units in the plan."""
         return int(self.plan["units"])
+
+    @property
+    def units_per_plan_file(self) -> int:
+        """Units in each file of the plan but the last."""
+        return int(self.plan.get("units_per_file", UNITS_PER_PLAN_FILE))
 
     def part_name(self, unit: int) -> str:
         """The object that commits a unit, such as `part-0000042-1f2e3d4c.parquet`."""
@@ -66,28 +75,41 @@ def open_job(output: str, name: str = "_job.json") -> FrozenJob | None:
     return FrozenJob(values["digest"], values["input"], values["intent"], values["plan"], values["about"])
 
 
-def freeze_job(output: str, units: Iterable[Sequence[dict[str, Any]]], *, input: dict[str, Any],
-               intent: dict[str, Any], about: dict[str, Any] | None = None,
-               name: str = "_job.json") -> FrozenJob:
+def freeze_job(output: str, units: Iterable[pa.Table], *, input: dict[str, Any], intent: dict[str, Any],
+               about: dict[str, Any] | None = None, dropped: pa.Table | None = None, name: str = "_job.json",
+               units_per_file: int = UNITS_PER_PLAN_FILE, accept_winner: bool = True) -> FrozenJob:
     """Write the plan, then `_job.json` if absent; the job that stands there afterwards, ours or an earlier winner's.
 
-    units   for each unit its pictures, as dicts with PLAN_SCHEMA's columns except `unit`.
+    units          for each unit its pictures: a table of PLAN_SCHEMA's columns but `unit`; what it lacks is NULL
+    dropped        rows of an earlier version that no longer count: a table of text columns, part of the plan
+    accept_winner  work from an earlier winner's plan, whatever it is; else another plan is refused (DataError)
+
+    The plan goes through files in a temporary folder (TMPDIR), one in memory at a time: a place in the output has the
+    digest in its name, which is known at the end.
     """
-    files, summary = _plan_files(units)
-    for number, data in enumerate(files):
-        storage.put_if_absent(_plan_uri(output, summary["digest"], number), data)
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        summary = _write_plan(Path(folder), units, dropped, units_per_file)
+        for path in sorted(Path(folder).iterdir()):
+            storage.put_if_absent(_plan_uri(output, summary["digest"], path.name), path.read_bytes())
     digest = _digest({"plan": summary["digest"], "intent": intent})
     job = FrozenJob(digest, input, intent, summary, about or {})
     if not storage.put_if_absent(storage.join(output, name), json.dumps(job.to_json(), indent=1).encode()):
         winner = open_job(output, name)
         assert winner is not None
+        if winner.digest != digest and not accept_winner:
+            raise DataError(f"{output}: another run was first to write {name}, from another listing or other settings. "
+                            "Wait until it has ended, and run again, to add what is still missing.")
         return winner
     return job
 
 
-def refuse_other_intent(job: FrozenJob, output: str, *, input: dict[str, Any], intent: dict[str, Any]) -> None:
-    """Refuse (ConfigError) to go on with a run that was begun otherwise; each difference is named."""
-    asked, frozen = {**intent, "input": input}, {**job.intent, "input": job.input}
+def refuse_other_intent(job: FrozenJob, output: str, *, input: dict[str, Any], intent: dict[str, Any],
+                        added: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse (ConfigError) to go on with a run that was begun otherwise; each difference is named.
+
+    added  settings that jobs of older programs don't have, with the values under which they ran
+    """
+    asked, frozen = {**intent, "input": input}, {**added, **job.intent, "input": job.input}
     differences = [f"  {key}: begun with {json.dumps(frozen.get(key))}, now {json.dumps(asked.get(key))}"
                    for key in sorted(asked.keys() | frozen.keys()) if asked.get(key) != frozen.get(key)]
     if differences:
@@ -97,41 +119,52 @@ def refuse_other_intent(job: FrozenJob, output: str, *, input: dict[str, Any], i
 
 def read_unit(output: str, job: FrozenJob, unit: int) -> list[dict[str, Any]]:
     """The planned pictures of one unit, as dicts with PLAN_SCHEMA's columns, in the plan's order."""
-    number, row_group = divmod(unit, UNITS_PER_PLAN_FILE)
-    filesystem, path = storage.arrow_filesystem(_plan_uri(output, job.plan["digest"], number))
-    with filesystem.open_input_file(path) as file:
-        rows: list[dict[str, Any]] = pq.ParquetFile(file).read_row_group(row_group).to_pylist()
+    _, table = next(read_units(output, job, [unit]))
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
-def iterate_plan(output: str, job: FrozenJob) -> Iterator[pa.Table]:
-    """The whole plan, one table for each of its files."""
-    for number in range(-(-job.num_units // UNITS_PER_PLAN_FILE)):
-        data = storage.read_object(_plan_uri(output, job.plan["digest"], number))
-        yield pq.read_table(pa.BufferReader(data))
+def read_units(output: str, job: FrozenJob, units: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
+    """Some units in ascending order, each with its planned pictures; each file of the plan is opened once."""
+    for number, wanted in itertools.groupby(units, lambda unit: unit // job.units_per_plan_file):
+        filesystem, path = storage.arrow_filesystem(_plan_uri(output, job.plan["digest"], _plan_file(number)))
+        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as plan:
+            for unit in wanted:
+                yield unit, plan.read_row_group(unit % job.units_per_plan_file)
 
 
-def committed_units(output: str, folder: str, job: FrozenJob) -> set[int]:
-    """The units whose part exists, from one listing; another job's part stops the run and is named (DataError)."""
+def read_dropped(output: str, job: FrozenJob) -> pa.Table | None:
+    """The rows of earlier versions that the plan says no longer count, or None."""
+    if "dropped" not in job.plan:
+        return None
+    return pq.read_table(pa.BufferReader(storage.read_object(_plan_uri(output, job.plan["digest"], DROPPED_FILE))))
+
+
+def committed_units(output: str, folder: str, job: FrozenJob, *, earlier: Iterable[FrozenJob] = ()) -> set[int]:
+    """The units whose part exists, from one listing; another job's part stops the run and is named (DataError).
+
+    earlier  jobs whose parts belong there too: those of a dataset's earlier versions
+    """
+    known = {one.digest[:8] for one in earlier}
     units = set()
     for found in storage.list_objects(storage.join(output, folder)):
         match = _PART.fullmatch(found.name)
-        if not match or match[2] != job.digest[:8] or int(match[1]) >= job.num_units:
+        if match and match[2] == job.digest[:8] and int(match[1]) < job.num_units:
+            units.add(int(match[1]))
+        elif not match or match[2] not in known:
             raise DataError(f"{found.uri} is no part of job {job.digest[:8]}, whose output this is. "
                             "Move it elsewhere, or choose a new --output.")
-        units.add(int(match[1]))
     return units
 
 
-def part_footers(output: str, folder: str, job: FrozenJob) -> list[pq.FileMetaData]:
-    """The Parquet metadata of every part, in the order of units; only the files' ends are read."""
-    def footer(unit: int) -> pq.FileMetaData:
-        filesystem, path = storage.arrow_filesystem(storage.join(output, folder, job.part_name(unit)))
+def part_footers(output: str, folder: str, names: Iterable[str]) -> Iterator[pq.FileMetaData]:
+    """The Parquet metadata of the named parts, in their order; only the files' ends are read."""
+    def footer(name: str) -> pq.FileMetaData:
+        filesystem, path = storage.arrow_filesystem(storage.join(output, folder, name))
         with filesystem.open_input_file(path) as file:
             return pq.read_metadata(file)
 
-    with ThreadPoolExecutor(16) as threads:
-        return list(threads.map(footer, range(job.num_units)))
+    return map_ahead(footer, names)
 
 
 def total_counts(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -146,36 +179,51 @@ def total_counts(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _plan_uri(output: str, digest: str, number: int) -> str:
-    return storage.join(output, "_plan", digest[:16], f"plan-{number:07d}.parquet")
+def _plan_uri(output: str, digest: str, file: str) -> str:
+    return storage.join(output, "_plan", digest[:16], file)
 
 
-def _plan_files(units: Iterable[Sequence[dict[str, Any]]]) -> tuple[list[bytes], dict[str, Any]]:
-    files: list[bytes] = []
+def _plan_file(number: int) -> str:
+    return f"plan-{number:07d}.parquet"
+
+
+def _write_plan(folder: Path, units: Iterable[pa.Table], dropped: pa.Table | None,
+                units_per_file: int) -> dict[str, Any]:
+    """Write the plan's files; its summary: digest, units, pictures, units_per_file, and `dropped`, how many rows."""
     content, num_units, num_pictures = hashlib.sha256(), 0, 0
     remaining = iter(units)
-    while some := list(islice(remaining, UNITS_PER_PLAN_FILE)):
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, PLAN_SCHEMA, compression="zstd") as writer:
-            for pictures in some:
-                rows = [{**picture, "unit": num_units} for picture in pictures]
-                writer.write_table(_unit_table(rows), row_group_size=len(rows))
-                content.update("".join(map(_identity, rows)).encode("utf-8"))
-                num_units, num_pictures = num_units + 1, num_pictures + len(rows)
-        files.append(sink.getvalue().to_pybytes())
-    return files, {"digest": content.hexdigest(), "units": num_units, "pictures": num_pictures}
+    for number in itertools.count():
+        some = itertools.islice(remaining, units_per_file)
+        if (first := next(some, None)) is None:
+            break
+        with pq.ParquetWriter(folder / _plan_file(number), PLAN_SCHEMA, compression="zstd") as writer:
+            for pictures in itertools.chain([first], some):
+                table = _unit_table(pictures, num_units)
+                writer.write_table(table, row_group_size=len(table))
+                content.update(_identities(table).encode())
+                num_units, num_pictures = num_units + 1, num_pictures + len(table)
+    summary = {"units": num_units, "pictures": num_pictures, "units_per_file": units_per_file}
+    if dropped is not None:
+        pq.write_table(dropped, folder / DROPPED_FILE, compression="zstd")
+        for row in zip(*dropped.to_pydict().values(), strict=True):
+            content.update((json.dumps(row) + "\n").encode())
+        summary["dropped"] = len(dropped)
+    return {"digest": content.hexdigest(), **summary}
 
 
-def _unit_table(rows: list[dict[str, Any]]) -> pa.Table:
-    table = pa.Table.from_pylist(rows, PLAN_SCHEMA)
-    assert pc.all(pc.is_valid(table["key"])).as_py()
-    return table
+def _unit_table(pictures: pa.Table, unit: int) -> pa.Table:
+    assert len(pictures)
+    assert not pictures["key"].null_count
+    columns = [pictures[name] if name in pictures.column_names else pa.nulls(len(pictures), kind)
+               for name, kind in zip(PLAN_SCHEMA.names[1:], PLAN_SCHEMA.types[1:], strict=True)]
+    return pa.table([pa.array([unit] * len(pictures), pa.int32()), *columns], schema=PLAN_SCHEMA)
 
 
-def _identity(row: dict[str, Any]) -> str:
+def _identities(table: pa.Table) -> str:
     # by content where it is known: the same pictures, copied elsewhere, are the same plan under other ETags
-    same = row.get("sha256") or row["etag"]
-    return json.dumps([row["unit"], row["key"], row["size"], same]) + "\n"
+    same = pc.coalesce(table["sha256"], table["etag"])
+    rows = zip(*(column.to_pylist() for column in (table["unit"], table["key"], table["size"], same)), strict=True)
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _digest(values: dict[str, Any]) -> str:

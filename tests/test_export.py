@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs.export import run
@@ -31,7 +32,8 @@ def write_keypoints(output: Path | str, pictures: list[AnnotatedPicture], skelet
                     source: dict[str, Any] | None = None) -> str:
     """A committed keypoint dataset of one unit."""
     planned = [{"key": one.picture["key"], "etag": "e", "size": 1} for one in pictures]
-    job = units.freeze_job(str(output), [planned], input=source or {"kind": "prefix", "uri": "/nowhere"}, intent={})
+    job = units.freeze_job(str(output), [pa.Table.from_pylist(planned)], intent={},
+                           input=source or {"kind": "prefix", "uri": "/nowhere"})
     data = keypoints.part_bytes(pictures, skeleton, job=job.digest,
                                 model={"name": "mspn", "version": "3", "digest": "0" * 64})
     storage.put_if_absent(storage.join(str(output), keypoints.FOLDER, job.part_name(0)), data)

@@ -248,7 +248,7 @@ def test_pictures_of_a_shard_dataset_are_found_in_their_parts(tmp_path):
     parts = []
     for number, name in enumerate(("a.png", "b.png")):
         row = dict.fromkeys(SHARD_SCHEMA.names)
-        data = shards.part_bytes([row | {"key": name, "bytes": png(number)}])
+        data = shards.part_bytes([row | {"key": name, "bytes": png(number), "size": len(png(number))}])
         parts.append(shards.ShardPart(f"part-{number}.parquet", hashlib.sha256(data).hexdigest(), {}))
         storage.put_if_absent(f"{tmp_path}/shards/shards/{parts[-1].name}", data)
     storage.put_if_absent(f"{tmp_path}/shards/{shards.version_name(1)}",

@@ -11,20 +11,11 @@ import pytest
 from pipeline import shards, storage
 from pipeline.coco import AnnotatedImage, Person
 from pipeline.errors import DataError
-from pipeline.images import PictureLimits
-from pipeline.storage import StoredObject, join, put_if_absent
+from pipeline.images import read_header
+from pipeline.storage import join, put_if_absent
 
 PERSON = Person(annotation_id=5, box_xywh=(1.5, 2.0, 3.0, 4.25), area=6.5, iscrowd=False, num_keypoints=1,
                 keypoints=(1.0, 2.0, 2.0, 0.0, 0.0, 0.0))
-
-
-def objects(count: int, size: int = 10) -> list[StoredObject]:
-    return [StoredObject(f"{number:04d}.jpg", "", size, "etag") for number in range(count)]
-
-
-def assign(listed: list[StoredObject], *, seed: int = 0, pictures: int = 50, size: int = 10**9) -> list[list[str]]:
-    groups = shards.assign_shards(listed, seed=seed, max_pictures=pictures, max_bytes=size)
-    return [[found.name for found in group] for group in groups]
 
 
 def png(width: int = 8, height: int = 6) -> bytes:
@@ -35,36 +26,7 @@ def png(width: int = 8, height: int = 6) -> bytes:
 
 def row(data: bytes, image: AnnotatedImage | None = None, **planned: Any) -> dict[str, Any]:
     return shards.shard_row({"key": "a.png", "etag": "e", "size": len(data)} | planned, image, lambda: data,
-                            limits=PictureLimits(), full=False)
-
-
-def test_every_object_has_exactly_one_shard() -> None:
-    names = [name for group in assign(objects(1000)) for name in group]
-    assert sorted(names) == [found.name for found in objects(1000)]
-
-
-def test_shards_are_bounded_by_count_and_by_bytes() -> None:
-    assert max(map(len, assign(objects(1000)))) <= 50
-    assert max(map(len, assign(objects(1000), size=95))) <= 9
-
-
-def test_an_object_above_the_bytes_of_a_shard_is_alone() -> None:
-    groups = assign([*objects(20), StoredObject("huge.tif", "", 10**6, "")], size=1000)
-    assert ["huge.tif"] in groups
-
-
-def test_the_order_of_the_listing_does_not_matter() -> None:
-    assert assign(objects(300)) == assign(objects(300)[::-1])
-
-
-def test_another_seed_gives_other_shards() -> None:
-    assert assign(objects(300)) != assign(objects(300), seed=1)
-
-
-def test_one_more_picture_changes_no_shard_but_its_own() -> None:
-    before = {tuple(group) for group in assign(objects(1000))}
-    after = {tuple(group) for group in assign([*objects(1000), StoredObject("new.jpg", "", 10, "")])}
-    assert len(before - after) == 1  # the shard that it came to, which may have been halved
+                            read_header, max_bytes=10**6)
 
 
 def test_a_row_keeps_the_bytes_as_stored_and_the_annotation_to_the_last_digit() -> None:
@@ -105,7 +67,7 @@ def test_trouble_with_the_object_becomes_its_reason(error: type[Exception], reas
     def read() -> bytes:
         raise error("a.png: gone")
 
-    made = shards.shard_row({"key": "a.png", "etag": "e", "size": 1}, None, read, limits=PictureLimits(), full=False)
+    made = shards.shard_row({"key": "a.png", "etag": "e", "size": 1}, None, read, read_header, max_bytes=10)
     assert (made["reason"], made["error"]) == (reason, "a.png: gone")
 
 
@@ -114,7 +76,7 @@ def test_trouble_with_the_store_never_becomes_a_row() -> None:
         raise storage.StorageError("503 SlowDown")
 
     with pytest.raises(storage.StorageError, match="SlowDown"):
-        shards.shard_row({"key": "a", "etag": "", "size": 1}, None, read, limits=PictureLimits(), full=False)
+        shards.shard_row({"key": "a", "etag": "", "size": 1}, None, read, read_header, max_bytes=10)
 
 
 def test_the_same_rows_give_the_same_bytes() -> None:

@@ -14,7 +14,7 @@ import torch
 from pipeline import samples, shards, training
 from pipeline.coco import parse_annotations
 from pipeline.errors import ConfigError, DataError
-from pipeline.images import PictureLimits
+from pipeline.images import read_header
 from pipeline.model.directory import ModelSpec, normalise_crops
 from pipeline.model.loss import mspn_loss
 from pipeline.model.mspn import MSPN
@@ -285,7 +285,7 @@ def made_shards(folder: Path, *, num_shards: int, broken: str | None = None) -> 
 
 def made_row(path: Path, image: Any) -> dict[str, Any]:
     planned = {"key": path.name, "etag": "1", "size": path.stat().st_size}
-    return shards.shard_row(planned, image, path.read_bytes, limits=PictureLimits(), full=False)
+    return shards.shard_row(planned, image, path.read_bytes, read_header, max_bytes=10**9)
 
 
 def write_part(output: Path, index: int, rows: list[dict[str, Any]]) -> shards.ShardPart:

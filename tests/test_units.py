@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline import units
@@ -15,7 +16,8 @@ PLANNED = [[{"key": "a.jpg", "etag": "1", "size": 10}, {"key": "b.jpg", "etag": 
 
 
 def freeze(place: str, planned: Any = PLANNED, intent: dict[str, Any] = INTENT) -> units.FrozenJob:
-    return units.freeze_job(place, planned, input=INPUT, intent=intent)
+    tables = [pa.Table.from_pylist(unit) for unit in planned]
+    return units.freeze_job(place, tables, input=INPUT, intent=intent)
 
 
 def test_a_frozen_job_is_found_again_with_its_plan(place: str) -> None:
@@ -33,13 +35,12 @@ def test_the_loser_of_two_planners_works_from_the_winners_plan(place: str) -> No
     assert loser == winner
 
 
-def test_plans_of_many_files_give_every_unit(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNITS_PER_PLAN_FILE", 2)
-    planned = [[{"key": f"{unit}.jpg", "etag": "", "size": 1}] for unit in range(5)]
-    job = freeze(place, planned)
+def test_plans_of_many_files_give_every_unit(place: str) -> None:
+    planned = [pa.table({"key": [f"{unit}.jpg"], "etag": [""], "size": [1]}) for unit in range(5)]
+    job = units.freeze_job(place, planned, input=INPUT, intent=INTENT, units_per_file=2)
     assert [units.read_unit(place, job, unit)[0]["key"] for unit in range(5)] == [f"{u}.jpg" for u in range(5)]
-    assert [table["key"].to_pylist() for table in units.iterate_plan(place, job)] == [
-        ["0.jpg", "1.jpg"], ["2.jpg", "3.jpg"], ["4.jpg"]]
+    some = [(unit, table["key"].to_pylist()) for unit, table in units.read_units(place, job, [1, 2, 4])]
+    assert some == [(1, ["1.jpg"]), (2, ["2.jpg"]), (4, ["4.jpg"])]
 
 
 @pytest.mark.parametrize("change", [{"etag": "9"}, {"key": "z.jpg"}, {"size": 11}])

@@ -1,0 +1,136 @@
+"""A list of objects instead of a listing: a Parquet or CSV file of URIs, or an S3 Inventory, read in a stream.
+
+A list has the column `uri`, or `bucket` and `key` as S3 Inventory has them; `etag` and `size` where they are known.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote_plus
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import DataError
+
+ENDINGS = (".parquet", ".csv", ".csv.gz", "/manifest.json")
+LIST_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
+ROWS_AT_ONCE = 50_000
+
+
+def is_list(uri: str) -> bool:
+    """Whether a URI names a list of objects, and not a prefix: by its ending."""
+    return uri.endswith(ENDINGS)
+
+
+def read_list(uri: str) -> Iterator[pa.Table]:
+    """The listed objects (LIST_SCHEMA) in the file's order; what the list doesn't know is NULL.
+
+    Left out: names that end with "/" (folder markers), and of a versioned bucket's inventory all but the latest
+    versions. Column names count without regard to case and underscores (`e_tag`, `ETag`).
+    Refused with DataError: a list without `uri`, or `bucket` and `key`; an entry without them; what can't be read.
+    """
+    try:
+        if uri.endswith("/manifest.json"):
+            yield from _read_inventory(uri)
+        else:
+            yield from (_listed(table, uri, encoded=False) for table in _tables(uri, None))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri}: this list can't be read: {error}. Expected Parquet, or CSV with a header.") from None
+
+
+def _read_inventory(uri: str) -> Iterator[pa.Table]:
+    """The files that an S3 Inventory's manifest names; CSV there has no header and encoded keys."""
+    manifest = json.loads(storage.read_object(uri))
+    try:
+        bucket = manifest["destinationBucket"].rpartition(":")[2]
+        files = [f"s3://{bucket}/{file['key']}" for file in manifest["files"]]
+        names = [name.strip() for name in manifest["fileSchema"].split(",")]
+        kind = manifest["fileFormat"]
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{uri} is no manifest of an S3 Inventory: it needs destinationBucket, fileFormat, fileSchema "
+                        "and files.") from None
+    if kind not in ("CSV", "Parquet"):
+        raise DataError(f"{uri}: an inventory in {kind} isn't read; order it as CSV or Parquet.")
+    for file in files:
+        for table in _tables(file, names if kind == "CSV" else None):
+            yield _listed(table, file, encoded=kind == "CSV")
+
+
+def _tables(uri: str, names: list[str] | None) -> Iterator[pa.Table]:
+    """A file in pieces; `names` are a CSV's columns where it has no header."""
+    if not storage.exists(uri):
+        raise DataError(f"{uri}: there is no such list.")
+    filesystem, path = storage.arrow_filesystem(uri)
+    if uri.endswith(".parquet"):
+        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=_wanted(parquet.schema_arrow.names)):
+                yield pa.Table.from_batches([batch])
+        return
+    compression = "gzip" if uri.endswith(".gz") else None
+    if names is None:
+        with filesystem.open_input_stream(path, compression=compression) as stream, pyarrow.csv.open_csv(stream) as csv:
+            names, skip = csv.schema.names, 1
+    else:
+        skip = 0
+    # all as text: an ETag of digits alone is no number
+    text = pyarrow.csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(names, pa.string()))
+    header = pyarrow.csv.ReadOptions(column_names=names, skip_rows=skip)
+    with (filesystem.open_input_stream(path, compression=compression) as stream,
+          pyarrow.csv.open_csv(stream, read_options=header, convert_options=text) as csv):
+        for batch in csv:
+            yield pa.Table.from_batches([batch])
+
+
+_COLUMNS = ("uri", "bucket", "key", "etag", "size", "islatest", "isdeletemarker")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _wanted(names: list[str]) -> list[str] | None:
+    return [name for name in names if _plain(name) in _COLUMNS] or None
+
+
+def _listed(table: pa.Table, source: str, *, encoded: bool) -> pa.Table:
+    columns = {_plain(name): table[name] for name in table.column_names}
+    if not ("uri" in columns or {"bucket", "key"} <= columns.keys()):
+        raise DataError(f"{source}: a list of objects needs a column `uri`, or `bucket` and `key`; it has "
+                        f"{', '.join(table.column_names)}. (Of an S3 Inventory in CSV give the manifest.json.)")
+    keep = pa.array([True] * len(table))
+    if "islatest" in columns:
+        keep = pc.and_(keep, _is(columns["islatest"], default=True))
+    if "isdeletemarker" in columns:
+        keep = pc.and_(keep, pc.invert(_is(columns["isdeletemarker"], default=False)))
+    uris = _uris(columns, encoded=encoded)
+    if uris.null_count:
+        raise DataError(f"{source}: {uris.null_count} entries name no object (an empty field). Leave them out.")
+    listed = pa.table([uris, _etags(columns.get("etag"), len(table)), _sizes(columns.get("size"), len(table))],
+                      schema=LIST_SCHEMA)
+    return listed.filter(pc.and_(keep, pc.invert(pc.ends_with(listed["uri"], "/"))))
+
+
+def _is(values: pa.ChunkedArray, *, default: bool) -> pa.ChunkedArray:
+    text = pc.utf8_lower(values.cast(pa.string()))
+    return pc.fill_null(pc.equal(text, "true"), default)
+
+
+def _uris(columns: dict[str, Any], *, encoded: bool) -> pa.ChunkedArray:
+    if "uri" in columns:
+        return columns["uri"].cast(pa.string())
+    keys = columns["key"].cast(pa.string())
+    if encoded:
+        keys = pa.chunked_array([[None if key is None else unquote_plus(key) for key in keys.to_pylist()]], pa.string())
+    return pc.binary_join_element_wise("s3:/", columns["bucket"].cast(pa.string()), keys, "/")
+
+
+def _etags(values: pa.ChunkedArray | None, count: int) -> Any:
+    return pa.nulls(count, pa.string()) if values is None else pc.utf8_trim(values.cast(pa.string()), '"')
+
+
+def _sizes(values: pa.ChunkedArray | None, count: int) -> Any:
+    return pa.nulls(count, pa.int64()) if values is None else values.cast(pa.int64())
