@@ -2,7 +2,7 @@
 
 What a picture is follows from its bytes, never from its name. Its header is read and held against the limits
 before a decoder sees the body; pixels come out upright (EXIF orientation applied), 8 bits, three channels.
-A decoder that hangs or crashes isn't this module's to survive: whoever calls it isolates it.
+A decoder that hangs or crashes isn't this module's to survive: `pipeline.isolation` does.
 """
 
 import io
@@ -39,7 +39,7 @@ REASONS: dict[str, tuple[str, bool]] = {
     "corrupt": ("the data contradicts its own format, or its decoder refuses it", False),
     "other_size": ("its size isn't the one that its annotations give, so their coordinates don't fit", False),
     "bad_boxes": ("the boxes given for the picture make no crop", False),
-    "decoder_crash": ("the decoder's process died or hung on this picture", True),
+    "decoder_crash": ("the decoder's process died, hung, or ran out of its memory on this picture", True),
 }
 
 
