@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.cut_pictures import completed
+from pipeline.image_bytes import completed, without_packed_text
 from pipeline.image_headers import (
     READERS,
     HeaderCutError,
@@ -158,6 +158,8 @@ def _upright_size(header: StoredHeader) -> tuple[int, int]:
 
 
 def _decode(data: bytes, header: StoredHeader, limits: PictureLimits) -> Pixels:
+    if header.format == "PNG":
+        data = without_packed_text(data)
     pixels = _decode_by_opencv(data)
     is_cut = pixels is None and looks_cut(data)
     if is_cut and limits.accept_truncated:

@@ -1,15 +1,36 @@
-"""An end for pictures whose own is missing, so that an ordinary decoder takes what there is of them.
+"""What is changed in a picture's bytes before a decoder sees them: an end where it is missing, a PNG's packed text.
 
-What was there decodes as in the whole picture; the rest is what the decoder makes of nothing: a JPEG's is grey
-(a progressive one's is coarse), a PNG's and a BMP's black, or its palette's first colour. WebP, GIF, TIFF and
-AVIF aren't completed: their decoders give all or nothing, and a cut TIFF or AVIF has often lost its directory.
+What there is of a cut picture decodes as in the whole one; the rest is what the decoder makes of nothing: a JPEG's
+is grey (a progressive one's is coarse), a PNG's and a BMP's black, or its palette's first colour. WebP, GIF, TIFF
+and AVIF aren't completed: their decoders give all or nothing, and a cut TIFF or AVIF has often lost its directory.
 """
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pipeline.image_headers import MAX_SEGMENTS
+
+
+def without_packed_text(png: bytes) -> bytes:
+    """A PNG without its zTXt and iTXt chunks, which have no part in its pixels. Most PNGs have none.
+
+    libpng unpacks them all, up to 8 MB each: 500 such chunks, a file of 4 MB, took 4 GB and more than a minute.
+    """
+    if b"zTXt" not in png and b"iTXt" not in png:
+        return png
+    return png[:8] + b"".join(piece for kind, piece in _png_chunks(png) if kind not in (b"zTXt", b"iTXt"))
+
+
+def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Each chunk's kind and its bytes, whole with length and checksum; the last one may be cut."""
+    at = 8
+    for _ in range(MAX_SEGMENTS):
+        if at + 8 > len(png):
+            break
+        length, kind = struct.unpack_from(">L4s", png, at)
+        yield kind, png[at : at + 12 + length]
+        at += 12 + length
 
 
 def completed(data: bytes, name: str) -> bytes | None:
@@ -47,28 +68,24 @@ _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4),
 
 def _completed_png(data: bytes) -> bytes:
     """With the pixels packed anew: a cut deflate stream can't be continued."""
-    parts, packed = _png_parts(data)
+    before, packed = _png_parts(data)
     unpacker = zlib.decompressobj()
     length = _png_length(data)
     rows = unpacker.decompress(packed, length).ljust(length, b"\0")  # a row of zeros is black, unfiltered
-    return parts + _chunk(b"IDAT", zlib.compress(rows, 1)) + _chunk(b"IEND", b"")
+    return before + _chunk(b"IDAT", zlib.compress(rows, 1)) + _chunk(b"IEND", b"")
 
 
 def _png_parts(data: bytes) -> tuple[bytes, bytes]:
     """All whole chunks before the pixels with the signature, and the packed pixels without their chunks."""
-    at = 8
-    pieces: list[bytes] = []
+    before: list[bytes] = []
     packed: list[bytes] = []
-    for _ in range(MAX_SEGMENTS):
-        if at + 8 > len(data):
-            break
-        length, kind = struct.unpack_from(">L4s", data, at)
+    for kind, piece in _png_chunks(data):
         if kind == b"IDAT":
-            packed.append(data[at + 8 : at + 8 + length])
+            (length,) = struct.unpack_from(">L", piece)
+            packed.append(piece[8 : 8 + length])
         elif not packed:
-            pieces.append(data[at : at + 12 + length])
-        at += 12 + length
-    return data[:8] + b"".join(pieces), b"".join(packed)
+            before.append(piece)
+    return data[:8] + b"".join(before), b"".join(packed)
 
 
 def _png_length(data: bytes) -> int:
