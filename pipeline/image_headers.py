@@ -5,6 +5,7 @@ end is missing. They trust nothing: every offset may lie, every loop is bounded.
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -67,16 +68,17 @@ MAGICS: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def stored_header(data: bytes) -> StoredHeader:
+def stored_header(data: bytes, *, allow_cut: bool = False) -> StoredHeader:
     """The header of data whose format is one of READERS.
 
+    allow_cut takes a JPEG or PNG whose end is missing too, if its pixels have begun.
     HeaderCutError where the data ends too early (a JPEG, PNG or WebP without its end counts as such),
     HeaderWrongError where it contradicts itself, NotReadError for variants that aren't read.
     """
     name = format_of(data)
     assert name in READERS, name
     try:
-        width, height, orientation = READERS[name](data)
+        width, height, orientation = READERS[name](data, allow_cut)
     except (struct.error, IndexError):
         raise HeaderCutError(f"{name} data ends after {len(data)} bytes, within the picture") from None
     if width <= 0 or height <= 0:
@@ -85,23 +87,34 @@ def stored_header(data: bytes) -> StoredHeader:
 
 
 def looks_cut(data: bytes) -> bool:
-    """Whether data that a decoder refused seems to lack its end; GIF and BMP, where the header can't tell."""
+    """Whether data that a decoder refused seems to lack its end."""
     name = format_of(data)
-    if name == "GIF":
+    if name == "GIF":  # of this and BMP the header can't tell
         return not data.rstrip(b"\0").endswith(b";")
-    return name == "BMP" and int.from_bytes(data[2:6], "little") > len(data)
+    if name == "BMP":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    try:
+        stored_header(data)
+    except HeaderCutError:
+        return True
+    except ValueError:
+        return False
+    return False
 
 
-# Readers: data -> stored width, height, and orientation. Reading past the end is struct.error or IndexError.
+# Readers: data, and whether its end may be missing -> stored width, height, and orientation.
+# Reading past the end is struct.error or IndexError.
 
 Reading = tuple[int, int, int]
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those are tables and a reserved code
+_NO_FILL_BYTE = re.compile(rb"[^\xff]")
 _WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
 
 
-def _read_jpeg(data: bytes) -> Reading:
-    at, size, orientation = 2, None, 1
+def _read_jpeg(data: bytes, allow_cut: bool) -> Reading:
+    at, size = 2, None
+    orientation: int | None = None
     for _ in range(MAX_SEGMENTS):
         at, marker = _next_marker(data, at)
         if marker in _WITHOUT_LENGTH:
@@ -111,16 +124,16 @@ def _read_jpeg(data: bytes) -> Reading:
         (length,) = struct.unpack_from(">H", data, at)
         if marker in _START_OF_FRAME and size is None:
             size = struct.unpack_from(">HH", data, at + 3)
-        if marker == 0xE1 and data[at + 2 : at + 8] == b"Exif\0\0":
+        if marker == 0xE1 and orientation is None and data[at + 2 : at + 8] == b"Exif\0\0":
             orientation = _orientation(data[at + 8 : at + length])
         if marker == 0xDA:
             break
         at += length
     if size is None:
         raise HeaderWrongError("JPEG data has a scan before any frame, or none within 100 000 markers")
-    if data.rfind(b"\xff\xd9", at) < 0:  # the scan's own bytes never hold this
+    if not allow_cut and data.rfind(b"\xff\xd9", at) < 0:  # the scan's own bytes never hold this
         raise HeaderCutError("JPEG data has no end marker: the rest of the picture is missing")
-    return size[1], size[0], orientation
+    return size[1], size[0], orientation or 1
 
 
 def _next_marker(data: bytes, at: int) -> tuple[int, int]:
@@ -128,42 +141,52 @@ def _next_marker(data: bytes, at: int) -> tuple[int, int]:
     at = data.find(b"\xff", at)
     if at < 0:
         raise IndexError
-    while data[at] == 0xFF:  # fill bytes may repeat
-        at += 1
-    return at + 1, data[at]
+    code = _NO_FILL_BYTE.search(data, at)
+    if code is None:
+        raise IndexError
+    return code.end(), data[code.start()]
 
 
-def _read_png(data: bytes) -> Reading:
+def _read_png(data: bytes, allow_cut: bool) -> Reading:
     length, kind, width, height = struct.unpack_from(">L4sLL", data, 8)
     if kind != b"IHDR" or length != 13:
         raise HeaderWrongError(f"PNG data must begin with IHDR, but begins with {kind!r}")
-    at = 33
-    orientations: list[int] = []
+    at, has_pixels = 33, False
+    exif: int | None = None  # the first of each kind counts, and no other is read: each may be a bomb
+    profile: int | None = None
     for _ in range(MAX_SEGMENTS):
-        length, kind = struct.unpack_from(">L4s", data, at)
+        ends_here = at + 8 > len(data) and has_pixels and allow_cut
+        length, kind = (0, b"IEND") if ends_here else struct.unpack_from(">L4s", data, at)
         if kind == b"IEND":
-            return width, height, (*orientations, 1)[0]
-        chunk = data[at + 8 : at + 8 + length] if kind in (b"eXIf", b"zTXt", b"tEXt") else b""
-        if kind == b"eXIf":
-            orientations.insert(0, _orientation(chunk))
-        elif chunk.startswith((b"Raw profile type exif\0", b"Raw profile type APP1\0")):
-            orientations.append(_profile_orientation(kind, chunk))
+            return width, height, exif or profile or 1
+        has_pixels |= kind == b"IDAT"
+        if kind == b"eXIf" and exif is None:
+            exif = _orientation(data[at + 8 : at + 8 + length])
+        elif profile is None and data.startswith(_EXIF_AS_TEXT, at + 4):
+            profile = _profile_orientation(kind, data[at + 8 : at + 8 + length])
         at += 12 + length
     raise HeaderWrongError(f"PNG data has more than {MAX_SEGMENTS} chunks")
+
+
+_EXIF_AS_TEXT = tuple(
+    kind + b"Raw profile type " + name + b"\0" for kind in (b"zTXt", b"tEXt") for name in (b"exif", b"APP1")
+)
+_MAX_PROFILE = 1 << 16  # hexadecimal digits; the orientation is in the first directory
 
 
 def _profile_orientation(kind: bytes, chunk: bytes) -> int:
     """From EXIF as hexadecimal text, which ImageMagick wrote before PNG had a chunk for it."""
     _, _, text = chunk.partition(b"\0")
     try:
-        plain = zlib.decompressobj().decompress(text[1:], 1 << 20) if kind == b"zTXt" else text
-        exif = bytes.fromhex(plain.split(b"\n", 3)[3].decode("ascii"))  # an empty line, name, length, digits
+        plain = zlib.decompressobj().decompress(text[1:], _MAX_PROFILE) if kind == b"zTXt" else text[:_MAX_PROFILE]
+        digits = b"".join(plain.split(b"\n", 3)[3].split())  # an empty line, name, length, digits
+        exif = bytes.fromhex(digits[: len(digits) // 2 * 2].decode("ascii"))
     except (ValueError, IndexError, zlib.error):
         return 1
     return _orientation(exif.removeprefix(b"Exif\0\0"))
 
 
-def _read_webp(data: bytes) -> Reading:
+def _read_webp(data: bytes, _: bool) -> Reading:
     (size,) = struct.unpack_from("<L", data, 4)
     if size + 8 > len(data):
         raise HeaderCutError(f"WebP data should be {size + 8} bytes long, but is {len(data)}")
@@ -197,12 +220,12 @@ def _webp_orientation(data: bytes) -> int:
     return 1
 
 
-def _read_gif(data: bytes) -> Reading:
+def _read_gif(data: bytes, _: bool) -> Reading:
     width, height = struct.unpack_from("<HH", data, 6)
     return width, height, 1
 
 
-def _read_bmp(data: bytes) -> Reading:
+def _read_bmp(data: bytes, _: bool) -> Reading:
     (header_size,) = struct.unpack_from("<L", data, 14)
     if header_size not in (12, 16, 40, 52, 56, 64, 108, 124):
         raise HeaderWrongError(f"BMP data has an unknown header of {header_size} bytes")
@@ -213,7 +236,7 @@ def _read_bmp(data: bytes) -> Reading:
 _WIDTH, _HEIGHT, _BITS, _SAMPLE_FORMAT = 256, 257, 258, 339
 
 
-def _read_tiff(data: bytes) -> Reading:
+def _read_tiff(data: bytes, _: bool) -> Reading:
     tags = _tags(data)
     if _WIDTH not in tags or _HEIGHT not in tags:
         raise HeaderWrongError("TIFF data has no picture in its first directory")
@@ -222,7 +245,7 @@ def _read_tiff(data: bytes) -> Reading:
     return tags[_WIDTH], tags[_HEIGHT], _valid_orientation(tags)
 
 
-def _read_avif(data: bytes) -> Reading:
+def _read_avif(data: bytes, _: bool) -> Reading:
     from PIL import (
         Image,
         UnidentifiedImageError,
@@ -241,7 +264,7 @@ def _read_avif(data: bytes) -> Reading:
         raise HeaderWrongError(f"AVIF data whose header isn't readable: {error}") from None
 
 
-READERS: dict[str, Callable[[bytes], Reading]] = {
+READERS: dict[str, Callable[[bytes, bool], Reading]] = {
     "JPEG": _read_jpeg,
     "PNG": _read_png,
     "WebP": _read_webp,

@@ -2,7 +2,7 @@
 
 What a picture is follows from its bytes, never from its name. Its header is read and held against the limits
 before a decoder sees the body; pixels come out upright (EXIF orientation applied), 8 bits, three channels.
-A decoder that hangs or crashes isn't this module's to survive: whoever calls it isolates it.
+A decoder that hangs or crashes isn't this module's to survive: `pipeline.isolation` does.
 """
 
 import io
@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.image_bytes import completed, without_packed_text
 from pipeline.image_headers import (
     READERS,
     HeaderCutError,
@@ -39,7 +40,7 @@ REASONS: dict[str, tuple[str, bool]] = {
     "corrupt": ("the data contradicts its own format, or its decoder refuses it", False),
     "other_size": ("its size isn't the one that its annotations give, so their coordinates don't fit", False),
     "bad_boxes": ("the boxes given for the picture make no crop", False),
-    "decoder_crash": ("the decoder's process died or hung on this picture", True),
+    "decoder_crash": ("the decoder's process died, hung, or ran out of its memory on this picture", True),
 }
 
 
@@ -66,11 +67,17 @@ class PictureHeader:
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """How large a picture may be. 128 Mpx are 384 MB of BGR pixels, and up to thrice that while decoding."""
+    """Which pictures are taken. 128 Mpx are 384 MB of BGR pixels, and up to six times that while decoding.
+
+    accept_truncated takes JPEG, PNG and BMP whose end is missing, once their pixels have begun: the missing part
+    is grey (JPEG), or black or the palette's first colour (PNG, BMP). The other formats can't be decoded in part
+    and stay refused.
+    """
 
     max_bytes: int = 100_000_000
     max_pixels: int = 128_000_000
     max_side: int = 65_535
+    accept_truncated: bool = False
 
 
 DEFAULT_LIMITS = PictureLimits()
@@ -81,8 +88,8 @@ def read_header(data: bytes, limits: PictureLimits = DEFAULT_LIMITS) -> PictureH
     """A picture's format and upright size, from its header alone (tens of microseconds; AVIF a little more).
 
     Refused with PictureRefused: empty, not_a_picture, unsupported_format, too_large_bytes, too_large_pixels,
-    truncated (for JPEG, PNG and WebP the end is looked for), corrupt. What is only wrong within the coded
-    pixels shows in `decode_picture`.
+    truncated (the end is looked for: of WebP, and without `limits.accept_truncated` of JPEG and PNG), corrupt.
+    What is only wrong within the coded pixels shows in `decode_picture`.
     """
     header = _stored_header(data, limits)
     width, height = _upright_size(header)
@@ -97,7 +104,7 @@ def decode_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS) -> Pixel
     A JPEG with flipped bits decodes where libjpeg recovers; nothing then tells it from a good one.
     """
     header = _stored_header(data, limits)
-    stored = _decode_avif(data) if header.format == "AVIF" else _decode(data)
+    stored = _decode_avif(data) if header.format == "AVIF" else _decode(data, header, limits)
     # OpenCV turns TIFF upright whatever it is asked; for all others our own header decides, so that the size
     # that was announced is the size that comes.
     upright = stored if header.format == "TIFF" else _turn_upright(stored, header.orientation)
@@ -113,7 +120,7 @@ def decode_picture(data: bytes, limits: PictureLimits = DEFAULT_LIMITS) -> Pixel
 def _stored_header(data: bytes, limits: PictureLimits) -> StoredHeader:
     _refuse_unreadable(data, limits)
     try:
-        header = stored_header(data)
+        header = stored_header(data, allow_cut=limits.accept_truncated)
     except HeaderCutError as error:
         raise PictureRefused("truncated", str(error)) from None
     except HeaderWrongError as error:
@@ -150,17 +157,28 @@ def _upright_size(header: StoredHeader) -> tuple[int, int]:
     return header.width, header.height
 
 
-def _decode(data: bytes) -> Pixels:
+def _decode(data: bytes, header: StoredHeader, limits: PictureLimits) -> Pixels:
+    if header.format == "PNG":
+        data = without_packed_text(data)
+    pixels = _decode_by_opencv(data)
+    is_cut = pixels is None and looks_cut(data)
+    if is_cut and limits.accept_truncated:
+        whole = completed(data, header.format)
+        pixels = None if whole is None else _decode_by_opencv(whole)
+    if pixels is None:
+        reason = "truncated" if is_cut else "corrupt"
+        raise PictureRefused(reason, f"{header.format} of {len(data)} bytes: the decoder refuses it")
+    return pixels
+
+
+def _decode_by_opencv(data: bytes) -> Pixels | None:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError(str(error)) from None  # the machine's fault, not the picture's
-        pixels = None
-    if pixels is None:
-        reason = "truncated" if looks_cut(data) else "corrupt"
-        raise PictureRefused(reason, f"{format_of(data)} of {len(data)} bytes: the decoder refuses it")
-    return np.asarray(pixels, dtype=np.uint8)
+        return None
+    return None if pixels is None else np.asarray(pixels, dtype=np.uint8)
 
 
 def _decode_avif(data: bytes) -> Pixels:

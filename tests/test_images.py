@@ -256,6 +256,119 @@ def test_the_end_marker_of_a_thumbnail_does_not_make_a_jpeg_whole() -> None:
     assert reason_of(data[:-2]) == "truncated"
 
 
+ACCEPTING = PictureLimits(accept_truncated=True)
+
+
+def deep_png() -> bytes:
+    return bytes(cv2.imencode(".png", gradient_rgb()[..., ::-1].astype(np.uint16) * 257)[1])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(gradient(), "PNG"),
+        encoded(gradient(), "PNG", compress_level=0),
+        encoded(gradient("P"), "PNG"),
+        encoded(gradient("1"), "PNG"),
+        encoded(gradient("LA"), "PNG"),
+        encoded(gradient("RGBA"), "PNG"),
+        deep_png(),
+        encoded(gradient(), "BMP"),
+        encoded(gradient("P"), "BMP"),
+    ],
+)
+def test_a_cut_png_or_bmp_gives_its_rows_and_black_if_asked_to(data: bytes) -> None:
+    assert reason_of(data[: len(data) * 6 // 10]) == "truncated"
+    whole, partial = decode_picture(data), decode_picture(data[: len(data) * 6 // 10], ACCEPTING)
+    if data.startswith(b"BM"):  # stored from the bottom
+        whole, partial = whole[::-1], partial[::-1]
+    assert partial.shape == whole.shape
+    same = (whole == partial).all(axis=(1, 2))
+    num_rows = int(same.argmin())
+    assert num_rows >= 10
+    assert (partial[num_rows + 1 :] == partial[-1, -1]).all()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_cut_jpeg_gives_what_is_there_and_grey_if_asked_to(progressive: bool) -> None:
+    data = textured_jpeg(progressive=progressive)
+    cut = data[: len(data) * 6 // 10]
+    assert reason_of(cut) == "truncated"
+    whole, partial = decode_picture(data), decode_picture(cut, ACCEPTING)
+    assert read_header(cut, ACCEPTING) == read_header(data)
+    difference = np.abs(whole.astype(int) - partial).mean(axis=(1, 2))
+    if progressive:
+        assert difference.max() < 40  # coarse everywhere
+    else:
+        assert not difference[:32].any()
+        assert len(np.unique(partial[-8:])) == 1
+
+
+def test_a_cut_sideways_jpeg_comes_out_upright_if_asked_for() -> None:
+    cut = textured_jpeg(exif=_exif(6))[:-200]
+    header = read_header(cut, ACCEPTING)
+    assert (header.width, header.height) == (120, 180)
+    assert decode_picture(cut, ACCEPTING).shape == (180, 120, 3)
+
+
+def test_a_cut_interlaced_png_gives_its_first_passes_if_asked_to() -> None:
+    # 8 x 8 grey: pass 1 is the pixel at 0, 0 and pass 2 that at 4, 0 (PNG specification, 8.2); the rest is cut off
+    header = struct.pack(">LLBBBBB", 8, 8, 8, 0, 0, 0, 1)
+    cut = zlib.compressobj()
+    packed = cut.compress(bytes([0, 200, 0, 100])) + cut.flush(zlib.Z_SYNC_FLUSH)
+    data = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + struct.pack(">L", 900) + b"IDAT" + packed
+    pixels = decode_picture(data, ACCEPTING)
+    assert (pixels[0, 0, 0], pixels[0, 4, 0], pixels[7, 7, 0]) == (200, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("format_", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("PNG", {}),
+        ("BMP", {}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        ("AVIF", {}),
+    ],
+)
+def test_a_picture_cut_anywhere_is_announced_as_it_comes_or_refused(format_: str, options: dict[str, Any]) -> None:
+    data = encoded(gradient(), format_, **options)
+    cuts = {*range(16, len(data), max(1, len(data) // 100)), *range(len(data) - 16, len(data))}
+    num_decoded = 0
+    for cut in cuts:
+        pixels = pixels_or_reason(data[:cut], ACCEPTING)
+        if isinstance(pixels, str):
+            assert pixels in ("truncated", "corrupt")
+        else:
+            num_decoded += 1
+            assert pixels.shape == (HEIGHT, WIDTH, 3)
+            assert read_header(data[:cut], ACCEPTING).width == WIDTH
+    assert (num_decoded > 10) == (format_ in ("JPEG", "PNG", "BMP"))
+
+
+def test_a_whole_picture_is_the_same_whether_cut_ones_are_accepted_or_not() -> None:
+    for data in (textured_jpeg(), encoded(gradient(), "PNG"), encoded(gradient(), "BMP")):
+        np.testing.assert_array_equal(decode_picture(data, ACCEPTING), decode_picture(data))
+
+
+def test_damage_is_not_accepted_for_a_cut() -> None:
+    png = bytearray(encoded(gradient(), "PNG"))
+    png[len(png) // 2] ^= 0xFF
+    assert reason_of(bytes(png), ACCEPTING) == "corrupt"
+    assert reason_of(b"\xff\xd8\xff\xd9", ACCEPTING) == "corrupt"
+    assert reason_of(textured_jpeg()[:100], ACCEPTING) == "truncated"  # before the first pixel
+
+
+def test_a_cut_bomb_is_refused_like_a_whole_one() -> None:
+    data = bytearray(encoded(gradient(), "PNG")[:-20])
+    data[16:24] = struct.pack(">LL", 65_000, 65_000)
+    assert reason_of(bytes(data), ACCEPTING) == "too_large_pixels"
+
+
 def test_damage_within_is_refused_as_corrupt() -> None:
     png = bytearray(encoded(gradient(), "PNG"))
     png[len(png) // 2] ^= 0xFF  # its chunk's checksum is wrong now
