@@ -496,6 +496,13 @@ def test_a_count_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert verified(tmp_path, world.files()) == [("counts", "dataset-000003.json")]
 
 
+@pytest.mark.parametrize("wrong", [{}, {"rows": "3"}, {"reasons": []}, {"reasons": {"truncated": "1"}}])
+def test_counts_that_are_none_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    world = World()
+    world.live[3]["C"] = {**world.live[3]["C"], **wrong} if wrong else {}
+    assert verified(tmp_path, world.files()) == named(world, "counts C", "counts dataset-000003.json")
+
+
 def test_a_wrong_number_of_duplicates_is_named(tmp_path: Path) -> None:
     world = World()
     world.totals[3]["duplicates"] = 0

@@ -182,5 +182,5 @@ def _distinct(name: str, parts: Sequence[dict[str, Any]], tell: Tell) -> Iterato
 def _wrong_sums(total: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     try:
         return count_differences(total, add_counts([part["counts"] for part in entries]))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         return f"a part that lacks some of its counts ({error!r})"

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -150,7 +151,7 @@ def _wrong_keys(chain: Chain, reports: Sequence[PartReport]) -> Iterator[Finding
     kept_out = set() if chain.dropped is None else set(
         chain.dropped.filter(pc.equal(chain.dropped["part"], ""))["key"].to_pylist())
     hashes_out = hash_keys(kept_out)
-    suspects = np.union1d(hashes[1:][hashes[1:] == hashes[:-1]], hashes_out[np.isin(hashes_out, hashes)])
+    suspects = np.union1d(hashes[1:][hashes[1:] == hashes[:-1]], hashes_out[_among(hashes_out, hashes)])
     homes = _homes(chain, reports, suspects) if len(suspects) else {}
     pairs: dict[tuple[str, str], list[str]] = defaultdict(list)
     for key, parts in sorted(homes.items()):
@@ -165,13 +166,21 @@ def _wrong_keys(chain: Chain, reports: Sequence[PartReport]) -> Iterator[Finding
                       f"{some(keys)} live in {FOLDER}/{other} too", WRITER)
 
 
+def _among(hashes: Hashes, ordered: Hashes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """bool [n]: which of the hashes are in `ordered`. np.isin takes 16 s for one among 10 million, this nothing."""
+    if not len(ordered):
+        return np.zeros(len(hashes), bool)
+    nearest = ordered[np.minimum(np.searchsorted(ordered, hashes), len(ordered) - 1)]
+    return np.equal(nearest, hashes)
+
+
 def _homes(chain: Chain, reports: Sequence[PartReport], suspects: Hashes) -> dict[str, list[str]]:
     """The parts in which each key of these hashes is live: the keys themselves, since two may share a hash."""
     wanted = set(suspects.tolist())
     dropped = _keys_by_part(chain.dropped)
     homes: dict[str, list[str]] = defaultdict(list)
     for report in reports:
-        if not np.isin(report.key_hashes, suspects).any():
+        if not _among(report.key_hashes, suspects).any():
             continue
         filesystem, path = storage.arrow_filesystem(storage.join(chain.uri, FOLDER, report.name))
         keys = set(pq.read_table(path, filesystem=filesystem, columns=["key"])["key"].to_pylist())
