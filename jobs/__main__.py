@@ -50,6 +50,8 @@ JOBS = {
         "output": "where the keypoint dataset goes; the same command again continues there",
         "boxes": "annotated, whole-image, or a COCO detections JSON",
         "limit": "only the first N pictures: a trial"}),
+    "verify": Job("verify", settings.VerifyConfig, "whether a shard dataset is whole and right; names what isn't", {
+        "data": "shard dataset to check"}),
     "evaluate": Job("evaluate", settings.EvaluateConfig, "keypoints against annotations: the ten COCO numbers, PCK", {
         "keypoints": "keypoint dataset",
         "annotations": "COCO keypoints JSON with the truth"}),

@@ -156,6 +156,14 @@ class AnnotateConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
 
 
+class VerifyConfig(Settings):
+    """`verify`: a shard dataset -> what is wrong with it."""
+
+    data: str
+    version: int | None = Field(None, ge=1, description="of the dataset; default: the newest")
+    ray: RayConfig = RayConfig()
+
+
 class EvaluateConfig(Settings):
     """`evaluate`: keypoints against annotations."""
 
