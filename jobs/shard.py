@@ -38,6 +38,8 @@ logger = logging.getLogger("jobs.shard")
 PICTURES_PER_PLAN_FILE = 1_000_000
 # settings that datasets of older programs were made without, and what they did
 ADDED_SETTINGS = {"accept_truncated": False, "max_pixels": 128_000_000, "duplicates": "keep"}
+# the same picture may come, go and come back: its part must not be that of an earlier version
+VERSION_KEY = "dataset_version"
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ def _input(config: ShardConfig) -> dict[str, Any]:
     return {"images": config.images, "annotations": config.annotations}
 
 
-def _intent(config: ShardConfig, annotations: AnnotationFile | None) -> dict[str, Any]:
+def _intent(config: ShardConfig, annotations: AnnotationFile | None, version: int) -> dict[str, Any]:
     """All that can change a row or its place."""
     names = ("images_per_shard", "bytes_per_shard", "include", "annotated_only", "limit", "seed", "validate_pictures",
              *ADDED_SETTINGS)
     return {name: getattr(config, name) for name in names} | {
-        "annotations_sha256": annotations and annotations.sha256, "row_version": ROW_VERSION}
+        "annotations_sha256": annotations and annotations.sha256, "row_version": ROW_VERSION, VERSION_KEY: version}
 
 
 def _unfinished_job(config: ShardConfig, annotations: AnnotationFile | None,
@@ -132,8 +134,8 @@ def _unfinished_job(config: ShardConfig, annotations: AnnotationFile | None,
         raise DataError(f"{config.output}: the run that adds version {version} isn't finished. Finish it by its own "
                         "command, then drop.")
     if job.num_units:  # one without units only takes rows out: nothing that a setting could change
-        refuse_other_intent(job, config.output, input=_input(config), intent=_intent(config, annotations),
-                            added=ADDED_SETTINGS)
+        refuse_other_intent(job, config.output, input=_input(config), intent=_intent(config, annotations, version),
+                            added={**ADDED_SETTINGS, VERSION_KEY: version})
     logger.info("continuing version %d, which an earlier run began; run again for what came since", version)
     return job
 
@@ -163,8 +165,10 @@ def _refuse_other_settings(config: ShardConfig, annotations: AnnotationFile | No
         raise ConfigError(f"{config.annotations} has another skeleton than {config.output} version {base.version}. "
                           "Choose a new --output.")
     same = {"annotations": before.input["annotations"]}
-    refuse_other_intent(before, config.output, input={**_input(config), **same}, added=ADDED_SETTINGS, intent={
-        **_intent(config, annotations), "annotations_sha256": before.intent["annotations_sha256"]})
+    refuse_other_intent(
+        before, config.output, input={**_input(config), **same}, added={**ADDED_SETTINGS, VERSION_KEY: base.version},
+        intent={**_intent(config, annotations, base.version),
+                "annotations_sha256": before.intent["annotations_sha256"]})
 
 
 def _freeze_growth(config: ShardConfig, annotations: AnnotationFile | None,
@@ -193,13 +197,13 @@ def _freeze_growth(config: ShardConfig, annotations: AnnotationFile | None,
         bounds = shard_plan.Bounds(config.images_per_shard, config.bytes_per_shard)
         job = freeze_job(
             config.output, shard_plan.assign_shards(fresh, bounds), input=_input(config),
-            intent=_intent(config, annotations), name=versions.job_name(base.version + 1),
+            intent=_intent(config, annotations, base.version + 1), name=versions.job_name(base.version + 1),
             dropped=gone if base.version else None, accept_winner=not base.version,
             about={"changes": changes, "listed": listing.count,
                    "annotated_not_listed": len(images) - listing.num_annotated},
             units_per_file=max(1, min(UNITS_PER_PLAN_FILE, PICTURES_PER_PLAN_FILE // config.images_per_shard)))
-    refuse_other_intent(job, config.output, input=_input(config), intent=_intent(config, annotations),
-                        added=ADDED_SETTINGS)
+    refuse_other_intent(job, config.output, input=_input(config),
+                        intent=_intent(config, annotations, base.version + 1))
     return job
 
 
@@ -227,7 +231,8 @@ def _freeze_drop(config: ShardConfig, base: shards.ShardDataset) -> FrozenJob | 
     if not len(rows):
         return None
     before = versions.open_version_job(config.output, base.version)
-    return freeze_job(config.output, [], input=before.input, intent=before.intent, dropped=rows,
+    intent = {**before.intent, VERSION_KEY: base.version + 1}
+    return freeze_job(config.output, [], input=before.input, intent=intent, dropped=rows,
                       accept_winner=False, name=versions.job_name(base.version + 1),
                       about={"changes": {"dropped on request": len(rows)}})
 
@@ -257,7 +262,7 @@ def _write_missing_parts(config: ShardConfig, job: FrozenJob, annotations: Annot
         return 0
     task = ShardTask(images=str(config.images), output=config.output, threads=config.ray.threads,
                      full=config.validate_pictures == "full",
-                     limits=PictureLimits(max_pixels=config.max_pixels))
+                     limits=PictureLimits(max_pixels=config.max_pixels, accept_truncated=config.accept_truncated))
     with start_ray():
         refuse_unshared(inputs=[task.images], outputs=[config.output])
         writer = ShardWriter(task, job, at_once=config.ray.tasks or 2 * num_cpus(), total=len(missing))

@@ -1,8 +1,10 @@
 """The Ray tasks that write shards: one shard a task, a bounded number at once, and what happens when one dies."""
 
+import contextlib
+import importlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,24 +13,35 @@ import pyarrow as pa
 from pipeline import shards, storage
 from pipeline.ahead import map_ahead
 from pipeline.coco import AnnotatedImage
-from pipeline.images import PictureHeader, PictureLimits, decode_picture, read_header
+from pipeline.images import PictureHeader, PictureLimits
+from pipeline.isolation import IsolatedDecoder, end_if_stuck
 from pipeline.shard_listing import locator
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.shard")
 PROGRESS_EVERY_S = 5
+CAREFUL_RETRIES = 3  # of a unit whose decoders run apart: what ends its process then is the machine
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What a task needs to know to write one shard. `isolated`: a decoder has killed or hung its process."""
+    """What a task needs to know to write one shard.
+
+    full            decode each picture, and don't only look at its header
+    threads         objects read at once
+    decode_seconds  a picture that takes longer hangs
+    isolated        read pictures in a child process: one of them has killed or hung the task's own
+    decoder         the module that reads them
+    """
 
     images: str
     output: str
     limits: PictureLimits
     full: bool
     threads: int
+    decode_seconds: float = 60.0
     isolated: bool = False
+    decoder: str = "pipeline.images"
 
 
 class ShardWriter:
@@ -68,10 +81,10 @@ class ShardWriter:
             if work is None:
                 raise OSError(f"shard {unit} could not be written: {error}. What is written stays; run again."
                               ) from error
-            logger.warning("shard %d ended its process twice; once more, with each picture in a process of its own",
-                           unit)
-            careful = replace(self.task, isolated=True, threads=1)
-            self.running[self.remote.options(max_retries=3).remote(careful, *work)] = (unit, None)
+            logger.warning("shard %d: its process has ended twice (%s); once more, with the pictures read in a process "
+                           "of their own", unit, type(error).__name__)
+            careful = self.remote.options(max_retries=CAREFUL_RETRIES)
+            self.running[careful.remote(replace(self.task, isolated=True), *work)] = (unit, None)
             return
         self.done += 1
         now = time.monotonic()
@@ -84,23 +97,45 @@ def write_shard(task: ShardTask, job: FrozenJob, unit: int, planned: pa.Table,
                 images: dict[str, AnnotatedImage | None]) -> None:
     """Read one shard's pictures, several at once, and commit its part."""
     locate = locator(task.images)
-    examine = _examiner(task)
     neighbours = [locate(key) for key in planned["key"].slice(0, 3).to_pylist()]
 
-    def row(one: dict[str, Any]) -> dict[str, Any]:
-        return shards.shard_row(
-            one, images.get(one["key"]), examine=examine, max_bytes=task.limits.max_bytes,
-            read=lambda: storage.read_object(locate(one["key"]), etag=one["etag"], neighbours=neighbours))
+    with _examiner(task) as examine:
+        def row(one: dict[str, Any]) -> dict[str, Any]:
+            return shards.shard_row(
+                one, images.get(one["key"]), examine=examine, max_bytes=task.limits.max_bytes,
+                read=lambda: storage.read_object(locate(one["key"]), etag=one["etag"], neighbours=neighbours))
 
-    rows = list(map_ahead(row, planned.to_pylist(), threads=task.threads))
+        rows = list(map_ahead(row, planned.to_pylist(), threads=task.threads))
     storage.put_if_absent(storage.join(task.output, shards.FOLDER, job.part_name(unit)), shards.part_bytes(rows))
 
 
-def _examiner(task: ShardTask) -> Callable[[bytes], PictureHeader]:
+@contextlib.contextmanager
+def _examiner(task: ShardTask) -> Iterator[Callable[[bytes], PictureHeader]]:
+    """bytes -> header, or PictureRefused; in this process, which a picture that hangs ends, or in one of its own."""
+    if task.isolated:
+        with IsolatedDecoder(task.limits, seconds=task.decode_seconds, decoder=task.decoder) as apart:
+            yield _examination(apart.read_header, apart.decode if task.full else None)
+        return
+    here = importlib.import_module(task.decoder)
+
+    def read_header(data: bytes) -> PictureHeader:
+        with end_if_stuck(task.decode_seconds):
+            found: PictureHeader = here.read_header(data, task.limits)
+            return found
+
+    def decode(data: bytes) -> object:
+        with end_if_stuck(task.decode_seconds):
+            return here.decode_picture(data, task.limits)
+
+    yield _examination(read_header, decode if task.full else None)
+
+
+def _examination(read_header: Callable[[bytes], PictureHeader],
+                 decode: Callable[[bytes], object] | None) -> Callable[[bytes], PictureHeader]:
     def examine(data: bytes) -> PictureHeader:
-        header = read_header(data, task.limits)
-        if task.full:
-            decode_picture(data, task.limits)
+        header = read_header(data)
+        if decode is not None:
+            decode(data)
         return header
 
     return examine

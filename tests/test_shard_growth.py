@@ -121,6 +121,19 @@ def test_a_picture_that_comes_back_is_taken_again(images: Path) -> None:
     assert open_shards(str(images.parent / "out")).version == 3
 
 
+def test_a_picture_may_come_and_go_and_come_again(images: Path) -> None:
+    shard.run(config(images))
+    extra, times = images / "6.png", (10**18, 10**18)  # the same ETag each time
+    for _ in range(2):
+        write_png(extra, 60)
+        os.utime(extra, ns=times)
+        shard.run(config(images))
+        assert "6.png" in live(images)
+        extra.unlink()
+        shard.run(config(images))
+        assert "6.png" not in live(images)
+
+
 def test_growth_that_was_cut_short_goes_on_from_its_plan_and_gives_the_same_bytes(images: Path) -> None:
     shard.run(config(images))
     first = stored(images)

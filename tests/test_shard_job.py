@@ -1,10 +1,12 @@
 """The shard job as its users run it, from a folder and from a bucket."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from jobs import shard
+from jobs.shard_tasks import ShardTask
 from pipeline import storage
 from pipeline.config import ShardConfig
 from pipeline.errors import ConfigError, DataError
@@ -105,3 +107,15 @@ def test_an_output_that_is_elsewhere_is_left_alone(tmp_path: Path) -> None:
     before = [found.etag for found in storage.list_objects(str(folder))]
     shard.run(config(str(folder), str(tmp_path / "out")))
     assert [found.etag for found in storage.list_objects(str(folder))] == before
+
+
+@pytest.mark.parametrize("deed", ["abort", "loop"])
+def test_a_picture_that_kills_or_hangs_its_decoder_costs_its_own_row_alone(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: str) -> None:
+    folder = write_pictures(tmp_path / "in", count=4)
+    (folder / "images" / "culprit.jpg").write_bytes(f"{deed} ".encode())
+    monkeypatch.setattr(shard, "ShardTask", functools.partial(
+        ShardTask, decoder="tests.crashing_decoder", decode_seconds=2))
+    result = shard.run(config(str(folder), str(tmp_path / "out"), validate="full"))
+    assert result["counts"]["reasons"] == {"decoder_crash": 1}
+    assert result["counts"]["pictures"] == 4

@@ -13,6 +13,7 @@ import pytest
 from jobs import shard, verify
 from pipeline.config import ShardConfig, VerifyConfig
 from pipeline.errors import DataError
+from pipeline.shards import open_shards
 from tests.shard_world import World, write_files
 from tests.worlds import NO_TRACKING, write_pictures
 
@@ -71,6 +72,31 @@ def test_what_the_shard_job_writes_is_whole_and_a_flipped_byte_in_it_is_named(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("damaged: ")]
     assert len(lines) == 1
     assert f"shards/{damaged.name}" in lines[0]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_dataset_that_grew_lost_and_dropped_pictures_is_whole_in_each_version(tmp_path: Path) -> None:
+    images, output = tmp_path / "in" / "images", tmp_path / "out"
+    write_pictures(tmp_path / "in", count=9)
+    names = sorted(path.name for path in images.iterdir())
+
+    def grow(**settings: object) -> int:
+        known = {"images": str(images), "output": str(output), "images_per_shard": 4, "duplicates": "once",
+                 "tracking": NO_TRACKING}
+        return int(shard.run(ShardConfig(**{**known, **settings}))["dataset_version"])
+
+    (images / "copy.jpg").write_bytes((images / names[0]).read_bytes())
+    assert grow() == 1
+    (images / names[0]).unlink()  # of the two copies the other one lives now
+    (images / names[1]).write_bytes((images / names[2]).read_bytes())
+    assert grow() == 2
+    (tmp_path / "keys.txt").write_text(f"{names[3]}\n")
+    assert grow(images=None, drop=str(tmp_path / "keys.txt")) == 3
+    (images / "new.txt").write_text("no picture")
+    assert grow() == 4
+    for version, rows in ((1, 9), (2, 8), (3, 7), (4, 8)):
+        assert verify.run(VerifyConfig(data=str(output), version=version))["whole"]
+        assert open_shards(str(output), version).json["counts"]["rows"] == rows
 
 
 def test_the_command_prints_each_finding_and_exits_with_1(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pipeline.verification.finding import FOLDER, MOVE, RESTORE, WRITER, Finding
 from pipeline.verification.versions import DATASET, DROPPED, DROPPED_NAME, JOB, Run, Version, read_run, read_version
 
 _NUMBERED = re.compile(r"(?:dataset-|_job-)(\d{6})\.json")
-DROPPED_COLUMNS = pa.schema([("part", pa.string()), ("key", pa.string())])
+STORED_COLUMNS = pa.schema([("part", pa.string()), ("key", pa.string())])
+DROPPED_COLUMNS = STORED_COLUMNS.append(pa.field("why", pa.string()))  # "" where the list has no such column
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Chain:
 
     versions  those that can be read, up to `number`
     runs      theirs, whether the version told of its run or the run's own file
-    dropped   columns part ("" for NULL), key: the rows that don't count in version `number`; None: not to be read
-    retired   columns part, key: what earlier versions dropped of parts that have been left out since
+    dropped   columns part ("" for NULL), key, why: the rows that don't count in version `number`; None: not to be
+              read
+    retired   columns part, key, why: what earlier versions dropped of parts that have been left out since
     stored    size of each object in the place, by its name
     findings  what is wrong so far
     notes     what isn't wrong, but worth knowing
@@ -181,14 +183,16 @@ def _other_digests(chain: Chain) -> Iterator[Finding]:
 
 
 def _with_dropped(chain: Chain) -> Chain:
-    """The chain with what its versions drop; each version must keep what the one before it dropped."""
+    """The chain with what its versions drop. Each must keep what the one before it dropped, but for duplicates: the
+    picture that was kept instead may be gone."""
     findings: list[Finding] = []
     retired = [DROPPED_COLUMNS.empty_table()]
     before: pa.Table | None = None
     for version in chain.versions.values():
         table = _read_dropped(chain, version, findings.append)
         if before is not None and table is not None:
-            gone = before.join(table, ["part", "key"], join_type="left anti")
+            lasting = before.filter(pc.not_equal(before["why"], "duplicate"))
+            gone = lasting.join(table, ["part", "key"], join_type="left anti")
             kept = pc.is_in(gone["part"], pa.array(["", *version.sha256], pa.string()))
             if back := sorted(gone.filter(kept)["key"].to_pylist()):
                 findings.append(Finding("dropped", version.dropped or version.name, "all that was dropped before",
@@ -201,7 +205,7 @@ def _with_dropped(chain: Chain) -> Chain:
 
 
 def _read_dropped(chain: Chain, version: Version, tell: Tell) -> pa.Table | None:
-    """Columns part ("" where it is NULL) and key; None: it can't be read, and that is told."""
+    """Columns part ("" where it is NULL), key, why; None: it can't be read, and that is told."""
     if version.dropped is None:
         return DROPPED_COLUMNS.empty_table()
     try:
@@ -214,13 +218,14 @@ def _read_dropped(chain: Chain, version: Version, tell: Tell) -> pa.Table | None
         tell(Finding("damaged", version.dropped, f"SHA-256 {version.dropped_sha256} ({version.name})", sha256,
                      RESTORE))
         return None
-    table = read_parquet(data, version.dropped, DROPPED_COLUMNS, tell)
+    table = read_parquet(data, version.dropped, STORED_COLUMNS, tell)
     if table is not None and table["key"].null_count:
         tell(Finding("columns", version.dropped, "a key in each row", "NULL", WRITER))
         return None
     if table is None:
         return None
-    return pa.table([pc.fill_null(table["part"], ""), table["key"]], schema=DROPPED_COLUMNS)
+    why = table["why"] if "why" in table.column_names else pa.nulls(len(table), pa.string())
+    return pa.table([pc.fill_null(table["part"], ""), table["key"], pc.fill_null(why, "")], schema=DROPPED_COLUMNS)
 
 
 def _unknown_parts(chain: Chain, dropped: pa.Table | None) -> Iterator[Finding]:

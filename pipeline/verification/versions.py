@@ -19,6 +19,7 @@ from pipeline.verification.finding import FOLDER, FORMAT, RESTORE, WRITER, Findi
 DATASET, JOB, DROPPED = "dataset-{:06d}.json", "_job-{:06d}.json", "dropped-{:06d}.parquet"
 DROPPED_NAME = re.compile(r"dropped-\d{6}\.parquet")
 PART_NAME = re.compile(r"part-(\d{7})-([0-9a-f]{8})\.parquet")
+UNITS_PER_PLAN_FILE = 1000  # where a plan doesn't say
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 # What must be there, and of which kind; other keys may be there too.
@@ -31,12 +32,14 @@ _JOB_KEYS = {"version": int, "digest": str, "plan": _PLAN_KEYS, "intent": dict, 
 
 @dataclass(frozen=True)
 class Run:
-    """The run that wrote a version: its digest, and its plan's."""
+    """The run that wrote a version: its digest, and its plan's. `dropped`: rows that the plan drops; None: no list."""
 
     digest: str
     plan_digest: str
     units: int
     pictures: int
+    units_per_file: int
+    dropped: int | None
 
     def __str__(self) -> str:
         return (f"job {self.digest[:16]}... with {self.pictures} pictures in {self.units} units, "
@@ -80,7 +83,7 @@ def read_version(uri: str, number: int, tell: Tell) -> Version | None:
         tell(Finding("counts", name, "the sums of its parts' counts", wrong, WRITER))
     plan, skeleton = values["source"]["plan"], values.get("skeleton")
     # the same names and digests again in each version: one copy of each is enough
-    return Version(name, Run(values["source"]["job"], plan["digest"], plan["units"], plan["pictures"]),
+    return Version(name, _run(values["source"]["job"], plan),
                    {sys.intern(part["name"]): sys.intern(part["sha256"]) for part in entries},
                    {sys.intern(part["name"]): part["counts"] for part in entries}, values["counts"],
                    len(skeleton["joints"]) if skeleton else None, values.get("dropped"), values.get("dropped_sha256"))
@@ -99,7 +102,12 @@ def read_run(uri: str, number: int, tell: Tell) -> Run | None:
     frozen = json.dumps({"plan": plan["digest"], "intent": values["intent"]}, sort_keys=True, separators=(",", ":"))
     if hashlib.sha256(frozen.encode()).hexdigest() != values["digest"]:
         tell(Finding("damaged", name, f"the plan and the intent of digest {values['digest']}", "others", RESTORE))
-    return Run(values["digest"], plan["digest"], plan["units"], plan["pictures"])
+    return _run(values["digest"], plan)
+
+
+def _run(digest: str, plan: Mapping[str, Any]) -> Run:
+    return Run(digest, plan["digest"], plan["units"], plan["pictures"],
+               plan.get("units_per_file", UNITS_PER_PLAN_FILE), plan.get("dropped"))
 
 
 def _read_json(uri: str, name: str, keys: Mapping[str, Any], tell: Tell) -> dict[str, Any] | None:

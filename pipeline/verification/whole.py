@@ -20,7 +20,7 @@ from pipeline.verification.finding import FOLDER, RESTORE, WRITER, Finding, some
 from pipeline.verification.part import Hashes, PartReport, PartToCheck, hash_keys, missing_part
 from pipeline.verification.versions import Run, Version
 
-UNITS_PER_PLAN_FILE = 1000
+PLAN_DROPPED = "dropped.parquet"
 PLAN_COLUMNS = ("unit", "key", "size", "sha256", "etag")
 
 
@@ -82,23 +82,30 @@ def _keys_by_part(table: pa.Table | None) -> dict[str, frozenset[str]]:
 def planned_units(uri: str, run: Run) -> Iterator[tuple[int, pa.Table] | Finding]:
     """Each unit of a run's plan with its rows (columns key, etag, size); and what is wrong with the plan's files.
 
-    The plan's digest is the SHA-256 over a line `[unit, key, size, sha256 or etag]` of JSON for each row: it says
-    that these are the files which were frozen.
+    The plan's digest is the SHA-256 over a line `[unit, key, size, sha256 or etag]` of JSON for each row, and then
+    one `[part, key, why]` for each row that it drops: it says that these are the files which were frozen.
     """
     folder = f"_plan/{run.plan_digest[:16]}"
     content, units, pictures, complete = hashlib.sha256(), 0, 0, True
-    for number in range(-(-run.units // UNITS_PER_PLAN_FILE)):
+    for number in range(-(-run.units // run.units_per_file)):
         name = f"{folder}/plan-{number:07d}.parquet"
         tables = _plan_file(uri, name)
         if isinstance(tables, Finding):
             yield tables
             complete = False
             continue
-        for unit, table in enumerate(tables, number * UNITS_PER_PLAN_FILE):
+        for unit, table in enumerate(tables, number * run.units_per_file):
             content.update(_identities(table))
             units, pictures = units + 1, pictures + len(table)
             if unit < run.units:
                 yield unit, table.select(["key", "etag", "size"])
+    if run.dropped is not None:
+        lines = _dropped_lines(uri, f"{folder}/{PLAN_DROPPED}")
+        if isinstance(lines, Finding):
+            yield lines
+            complete = False
+        else:
+            content.update(lines)
     if complete and (content.hexdigest(), units, pictures) != (run.plan_digest, run.units, run.pictures):
         yield Finding("damaged", folder, f"{run.pictures} pictures in {run.units} units of digest {run.plan_digest}",
                       f"{pictures} in {units} of {content.hexdigest()}", RESTORE)
@@ -119,6 +126,20 @@ def _plan_file(uri: str, name: str) -> list[pa.Table] | Finding:
         return Finding("unreadable", name, f"Parquet with the columns {', '.join(PLAN_COLUMNS)}",
                        " ".join(str(error).split()), RESTORE)
     return tables
+
+
+def _dropped_lines(uri: str, name: str) -> bytes | Finding:
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_object(storage.join(uri, name))))
+        rows = zip(*(table[column].to_pylist() for column in ("part", "key", "why")), strict=True)
+    except storage.ObjectMissing:
+        return Finding("missing", name, "what the plan of a run drops", "no such object", RESTORE)
+    except storage.StorageError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        return Finding("unreadable", name, "Parquet with the columns part, key, why", " ".join(str(error).split()),
+                       RESTORE)
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def _identities(table: pa.Table) -> bytes:
@@ -148,8 +169,8 @@ def check_whole(chain: Chain, reports: Sequence[PartReport]) -> list[Finding]:
 
 def _wrong_keys(chain: Chain, reports: Sequence[PartReport]) -> Iterator[Finding]:
     hashes = np.sort(np.concatenate([np.empty(0, np.uint64), *(report.key_hashes for report in reports)]))
-    kept_out = set() if chain.dropped is None else set(
-        chain.dropped.filter(pc.equal(chain.dropped["part"], ""))["key"].to_pylist())
+    kept_out = set() if chain.dropped is None else set(chain.dropped.filter(pc.or_(
+        pc.equal(chain.dropped["part"], ""), pc.equal(chain.dropped["why"], "request")))["key"].to_pylist())
     hashes_out = hash_keys(kept_out)
     suspects = np.union1d(hashes[1:][hashes[1:] == hashes[:-1]], hashes_out[_among(hashes_out, hashes)])
     homes = _homes(chain, reports, suspects) if len(suspects) else {}
