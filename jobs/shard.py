@@ -65,7 +65,7 @@ def run(config: ShardConfig) -> dict[str, Any]:
     written = 0 if job is None else _finish(config, job, annotations, base)
     if job is None or config.drop is not None:
         base = _newest(config.output)
-        job = _freeze_next(config, annotations, base)
+        job = freeze_next(config, annotations, base)
         if job is None:
             logger.info("%s has all of it; nothing was written", config.output)
             return _result(config.output, written=0)
@@ -140,7 +140,7 @@ def _unfinished_job(config: ShardConfig, annotations: AnnotationFile | None,
     return job
 
 
-def _freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
+def freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
                  base: shards.ShardDataset) -> FrozenJob | None:
     """Freeze the job of the next version; None where there is nothing to do."""
     if config.drop is not None:
