@@ -57,6 +57,8 @@ def _completed_bmp(data: bytes) -> bytes:
     width, height, _, bits, compression = struct.unpack_from("<llHHL", data, 18)
     if compression not in (0, 3):  # plain, or plain with masks
         raise KeyError(compression)
+    if bits not in (1, 4, 8, 16, 24, 32) or start >= len(data) or width < 0:
+        raise KeyError("a header whose rows could be of any length")
     row = (width * bits + 31) // 32 * 4
     return data.ljust(start + row * abs(height), b"\0")
 
@@ -91,6 +93,8 @@ def _png_parts(data: bytes) -> tuple[bytes, bytes]:
 def _png_length(data: bytes) -> int:
     """How many bytes a PNG's pixels are, unpacked, each row with its filter's byte."""
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">LLBBBBB", data, 16)
+    if depth not in (1, 2, 4, 8, 16):
+        raise KeyError(depth)
     bits = depth * _CHANNELS[colour]
     passes = _PASSES if interlaced else ((0, 0, 1, 1),)
     sizes = [((width - x + dx - 1) // dx, (height - y + dy - 1) // dy) for x, y, dx, dy in passes]

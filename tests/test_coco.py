@@ -1,6 +1,9 @@
 """What becomes of each entry of a COCO keypoint file, flawless or not, and what is refused."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +274,129 @@ def test_a_detection_of_another_form_is_refused_by_its_place(entry: object, mess
 def test_an_annotation_file_in_place_of_detections_is_refused() -> None:
     with pytest.raises(DataError, match="detections are a list"):
         parse_detections(document(), source="d.json")
+
+
+# Files that are broken, at scale, or found elsewhere
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"images": [],\n "annotations": oops}', r"not JSON: Expecting value: line 2 column 17 \(.*36 bytes"),
+        (document()[:-100], r"not JSON: .*line 1 column \d+"),
+        (document()[: len(document()) // 2], r"not JSON: .*line 1 column \d+"),
+        (document(annotations=[person(area=float("nan"))]), "not JSON: NaN is not a number that JSON knows"),
+        (document(annotations=[person(area=float("inf"))]), "not JSON: Infinity is not"),
+        (document().replace(b"600.5", b"1e999"), r"annotations\[0\] \(id 7\): `area` must be a finite number.*inf"),
+        (document().replace(b"10.25", b"1e999"), r"annotations\[0\] \(id 7\): `bbox` must be 4 finite numbers.*inf"),
+        (document().replace(b"10.25", b"-1e999"), r"annotations\[0\] \(id 7\): `bbox` must be 4 finite numbers.*inf"),
+        (document().replace(b"22.3", b"true"), r"annotations\[0\] \(id 7\): `keypoints` must be 6 finite.*True"),
+        (document().replace(b"22.3", b"null"), r"annotations\[0\] \(id 7\): `keypoints` must be 6 finite.*None"),
+        (document(annotations={"0": person()}), "`annotations` must be a list, but is .*dict"),
+        (document(annotations=[[person()]]), r"annotations\[0\]: must be an object"),
+        (document().decode().encode("utf-16")[:99], "not JSON"),
+    ],
+)
+def test_a_broken_file_is_refused_with_the_place_and_what_is_wrong(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=f"^s3://b/a.json: {message}"):
+        parse_annotations(data, source="s3://b/a.json")
+
+
+def test_outlines_are_left_unread() -> None:
+    outlined = person(segmentation=[[1.5, 2.5, "not even a number"]])
+    assert counted(annotations=[outlined]) == {}
+
+
+MEASURED_PARSE = """
+import resource, sys, time
+from pathlib import Path
+from pipeline.coco import parse_annotations
+data = Path(sys.argv[1]).read_bytes()
+start = time.process_time()
+counts = parse_annotations(data, source="large").counts
+seconds = time.process_time() - start
+print(counts["images"], counts["persons"], seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def write_large_file(path: Path, *, num_images: int, num_persons: int, num_corners: int) -> None:
+    """As COCO's train2017, where an outline has 60 corners or so, and each picture two addresses."""
+    outline = json.dumps([[round(100 + 0.37 * number, 2) for number in range(2 * num_corners)]])
+    address = "http://images.cocodataset.org/train2017/000000000000.jpg"
+    with path.open("w") as file:
+        file.write('{"images": [')
+        images = (image(number, coco_url=address, flickr_url=address) for number in range(num_images))
+        file.write(", ".join(map(json.dumps, images)))
+        file.write('], "annotations": [')
+        for number in range(num_persons):
+            keypoints = [(number * 7 + joint) % 640 for joint in range(51)]
+            keypoints[2::3] = [joint % 3 for joint in range(17)]
+            one = person(10**6 + number, image_id=number % num_images, keypoints=keypoints, bbox=[number / 7, 1, 2, 3])
+            file.write((", " if number else "") + json.dumps(one)[:-1] + f', "segmentation": {outline}}}')
+        category = {**CATEGORY, "keypoints": list(COCO17.joints), "skeleton": []}
+        file.write(f'], "categories": [{json.dumps(category)}]}}')
+
+
+@pytest.mark.slow
+def test_a_file_as_large_as_cocos_own_takes_less_than_two_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "person_keypoints_large.json"
+    write_large_file(path, num_images=57_000, num_persons=150_000, num_corners=75)
+    assert 220e6 < path.stat().st_size < 260e6
+    command = [sys.executable, "-c", MEASURED_PARSE, str(path)]
+    root = Path(__file__).resolve().parents[1]
+    measured = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    num_images, num_persons, seconds, peak_bytes = map(float, measured.stdout.split())
+    print(f"{path.stat().st_size / 1e6:.0f} MB: {seconds:.1f} s of one core, peak {peak_bytes / 1e6:.0f} MB")
+    assert (num_images, num_persons) == (57_000, 150_000)
+    assert peak_bytes < 2e9
+
+
+# How many pictures and persons there are, or for what reason it is none of ours
+FOUND_FILES: dict[str, tuple[int, int] | str] = {
+    "coco17_mini/annotations/person_keypoints_train.json": (197, 772),
+    "coco17_mini/annotations/person_keypoints_val.json": (155, 572),
+    "coco_annotations_only/person_keypoints_val2017_rebuilt.json": (2209, 5919),
+    "lspet14/annotations/person_keypoints_train.json": (5115, 5115),
+    "lspet14/annotations/person_keypoints_train_as_coco17.json": (5115, 5115),
+    "lspet14/annotations/person_keypoints_val.json": (361, 361),
+    "lspet14/annotations/person_keypoints_val_as_coco17.json": (361, 361),
+    "mmpose_tests_data/aic/test_aic.json": (3, 9),
+    "mmpose_tests_data/coco/test_coco.json": (4, 14),
+    "mmpose_tests_data/coco/test_coco_det_AP_H_56.json": "a JSON list, not an object.*Use it as boxes",
+    "mmpose_tests_data/coco/test_coco_wholebody.json": (4, 14),
+    "mmpose_tests_data/coco/test_keypoint_partition_metric.json": "`keypoints` must be 51 .* a list of 399",
+    "mmpose_tests_data/crowdpose/test_crowdpose.json": (2, 5),
+    "mmpose_tests_data/crowdpose/test_crowdpose_det_AP_40.json": "a JSON list, not an object.*Use it as boxes",
+    "mmpose_tests_data/exlpose/test_exlpose.json": (2, 6),
+    "mmpose_tests_data/h36m/h36m_coco.json": (4, 4),
+    "mmpose_tests_data/halpe/test_halpe.json": "needs one category with `keypoints`, but 0",
+    "mmpose_tests_data/humanart/test_humanart.json": "`keypoints` must be 63 .* a list of 51",
+    "mmpose_tests_data/humanart/test_humanart_det_AP_H_56.json": "a JSON list, not an object.*Use it as boxes",
+    "mmpose_tests_data/jhmdb/test_jhmdb_sub1.json": (3, 3),
+    "mmpose_tests_data/mhp/test_mhp.json": (2, 4),
+    "mmpose_tests_data/mpii/test_mpii.json": "a JSON list, not an object",
+    "mmpose_tests_data/mpii/test_mpii_trb.json": (5, 0),  # none has a box, and that is counted
+    "mmpose_tests_data/ochuman/test_ochuman.json": (3, 5),
+    "mmpose_tests_data/posetrack18/annotations/test_posetrack18_human_detections.json": "a JSON list, not an object",
+    "mmpose_tests_data/posetrack18/annotations/test_posetrack18_val.json": (3, 14),
+    "mmpose_tests_data/posetrack18/annotations/val/003418_mpii_test.json": (1, 1),
+    "mmpose_tests_data/posetrack18/annotations/val/009473_mpii_test.json": (1, 2),
+    "mmpose_tests_data/posetrack18/annotations/val/012834_mpii_test.json": (1, 11),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_FILES)
+def test_a_found_file_is_read_or_refused_with_its_reason(shared: Path, name: str) -> None:
+    data, expected = (shared / "data" / name).read_bytes(), FOUND_FILES[name]
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=f"^{re.escape(name)}.*: .*{expected}"):
+            parse_annotations(data, source=name)
+        return
+    found = parse_annotations(data, source=name)
+    assert (found.counts["images"], found.counts["persons"]) == expected
+    assert sum(len(one.persons) for one in found.images.values()) == expected[1]
+
+
+def test_no_annotation_file_is_left_untried(shared: Path) -> None:
+    data = shared / "data"
+    assert {path.relative_to(data).as_posix() for path in data.rglob("*.json")} == set(FOUND_FILES)

@@ -8,6 +8,7 @@ import csv
 import io
 import pickle
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,23 @@ def test_damage_is_not_accepted_for_a_cut() -> None:
     assert reason_of(bytes(png), ACCEPTING) == "corrupt"
     assert reason_of(b"\xff\xd8\xff\xd9", ACCEPTING) == "corrupt"
     assert reason_of(textured_jpeg()[:100], ACCEPTING) == "truncated"  # before the first pixel
+
+
+@pytest.mark.parametrize(
+    ("format_", "place", "lie"),
+    [
+        ("BMP", 10, struct.pack("<L", 0xFFFFFFF0)),  # where the pixels begin
+        ("BMP", 28, struct.pack("<H", 0xFFFF)),  # bits for each
+        ("PNG", 24, b"\xff"),  # bits for each channel
+    ],
+)
+def test_a_cut_picture_whose_header_lies_is_not_made_as_long_as_it_says(format_: str, place: int, lie: bytes) -> None:
+    data = bytearray(encoded(gradient(), format_)[:-100])
+    data[place : place + len(lie)] = lie
+    tracemalloc.start()
+    assert reason_of(bytes(data), ACCEPTING) == "truncated"
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 def test_a_cut_bomb_is_refused_like_a_whole_one() -> None:
