@@ -1,4 +1,8 @@
-"""The two errors that a user can mend. Our own mistake is an `assert`; trouble with the store, a `StorageError`."""
+"""What goes wrong, by who can mend it: the command, the input's content, or the store. Our own mistake is an `assert`.
+
+`StorageError` itself is about the *service* (time-outs, 5xx, credentials, a full disk), which a later run can mend;
+its three kinds are about one *object*, and become that picture's row.
+"""
 
 
 class ConfigError(ValueError):
@@ -7,3 +11,19 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """An input's content is wrong: the message names the input, what was found, and the remedy (exit code 1)."""
+
+
+class StorageError(OSError):
+    """The store could not be used: the message names the object and what the store said. Running again may help."""
+
+
+class ObjectMissing(StorageError):
+    """There is no such object."""
+
+
+class ObjectChanged(StorageError):
+    """The object is there, but it is not the one that was planned (another ETag)."""
+
+
+class ObjectForbidden(StorageError):
+    """The store refuses this object and gives others: it is about the object, and not about us."""

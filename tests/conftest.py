@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from jobs.start_ray import start_ray
-from tests.s3 import S3Server, s3_server
+from pipeline import storage_s3
+from tests.fault_proxy import FaultProxy
+from tests.s3 import S3Server, ceph_server, s3_server, why_no_ceph
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,14 +22,41 @@ def shared() -> Path:
     return SHARED
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store", choices=["moto", "ceph"], default="moto",
+                     help="the S3 server that the tests run on: moto's, or a real Ceph gateway")
+
+
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A running S3 server, and the environment in which every client finds it."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as environment:
+def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server, as --store says, and the environment in which every client finds it."""
+    ceph = request.config.getoption("--store") == "ceph"
+    if ceph and (reason := why_no_ceph()):
+        pytest.skip(reason)
+    run = ceph_server if ceph else s3_server
+    with run(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment.items():
             environment.setenv(name, value)
         environment.delenv("AWS_PROFILE", raising=False)
+        storage_s3.renew_client()
         yield server
+    storage_s3.renew_client()
+
+
+@pytest.fixture
+def faulty_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy in front of the S3 server, which every client now goes through and which fails as it is told.
+
+    Pauses between attempts are tiny, and a request may take one second.
+    """
+    with FaultProxy.in_front_of(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.001)
+        monkeypatch.setattr(storage_s3, "FIRST_THROTTLED_PAUSE_S", 0.001)
+        monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 1)
+        storage_s3.renew_client()
+        yield proxy
+    storage_s3.renew_client()
 
 
 @pytest.fixture

@@ -1,22 +1,28 @@
-"""A real S3 server for tests, on loopback and a free port, that keeps a log of what was asked of it."""
+"""Real S3 servers for tests, on loopback, that keep a log of what was asked of them: moto's, and Ceph's gateway."""
 
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
                "AWS_EC2_METADATA_DISABLED": "true"}
+# Ceph 16 refuses the checksums that today's SDKs send by default; it checks Content-MD5
+CEPH_SETTINGS = {"AWS_SECRET_ACCESS_KEY": "testtest", "AWS_REQUEST_CHECKSUM_CALCULATION": "WHEN_REQUIRED",
+                 "AWS_RESPONSE_CHECKSUM_VALIDATION": "WHEN_REQUIRED"}
+CEPH_SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "tools" / "mini_ceph_s3.sh"
+CEPH_PORTS = {"monitor": 6789, "gateway": 7480}
 
 
 @dataclass(frozen=True)
@@ -25,11 +31,12 @@ class S3Server:
 
     endpoint: str
     log: Path
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         """The AWS settings under which every client finds it."""
-        return {**CREDENTIALS, "AWS_ENDPOINT_URL": self.endpoint}
+        return {**CREDENTIALS, **self.settings, "AWS_ENDPOINT_URL": self.endpoint}
 
     def create_bucket(self, name: str) -> str:
         """A new bucket; its URI."""
@@ -38,8 +45,8 @@ class S3Server:
 
     def client(self) -> "boto3.client":
         """A plain boto3 client of it."""
-        return boto3.client("s3", endpoint_url=self.endpoint, aws_access_key_id="test", aws_secret_access_key="test",
-                            region_name="us-east-1")
+        return boto3.client("s3", endpoint_url=self.endpoint, aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+                            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
 
     def upload_folder(self, folder: Path, uri: str) -> None:
         """Put each file of a folder under an s3:// prefix."""
@@ -51,7 +58,7 @@ class S3Server:
 
     def requests(self, method: str) -> list[str]:
         """The paths of all requests of one method so far, in order."""
-        return re.findall(rf'"{method} (\S+) HTTP', self.log.read_text())
+        return re.findall(rf'"{method} (\S+) HTTP', self.log.read_text(errors="replace"))
 
 
 @contextlib.contextmanager
@@ -67,18 +74,63 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
                                    start_new_session=True)
     server = S3Server(f"http://127.0.0.1:{port}", log)
     try:
-        _wait_until_it_answers(server, process)
+        _wait_until_it_answers(f"{server.endpoint}/moto-api/", log, lambda: process.poll() is None)
         yield server
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(10)
 
 
-def _wait_until_it_answers(server: S3Server, process: "subprocess.Popen[bytes]") -> None:
+def why_no_ceph() -> str | None:
+    """Why Ceph's gateway can't be started here; None if it can."""
+    if not CEPH_SCRIPT.is_file():
+        return f"needs {CEPH_SCRIPT}, which is not here"
+    if missing := [name for name in ("radosgw", "ceph-mon", "ceph-osd", "ceph-mgr", "ceph") if not shutil.which(name)]:
+        return f"needs Ceph's {', '.join(missing)} (Debian: radosgw ceph-mon ceph-osd ceph-mgr ceph-common)"
+    for role, port in CEPH_PORTS.items():
+        with socket.socket() as taken:
+            if taken.connect_ex(("127.0.0.1", port)) == 0:
+                return f"needs port {port} for Ceph's {role}, and something listens there"
+    return None
+
+
+@contextlib.contextmanager
+def ceph_server(folder: Path) -> Iterator[S3Server]:
+    """Run a small Ceph with its S3 gateway, in memory, for the time of the block."""
+    home = folder / "ceph"
+    log = home / "log" / "client.rgw.log"
+    try:
+        started = subprocess.run(["bash", str(CEPH_SCRIPT)], env={**os.environ, "D": str(home)}, timeout=180,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                 stderr=(folder / "ceph.err").open("wb"))
+        assert started.returncode == 0, (folder / "ceph.err").read_text(errors="replace")
+        server = S3Server(f"http://127.0.0.1:{CEPH_PORTS['gateway']}", log, CEPH_SETTINGS)
+        _wait_until_it_answers(server.endpoint, log, lambda: True)
+        yield server
+    finally:
+        _stop_by_pid_files(home / "run")
+
+
+def _stop_by_pid_files(folder: Path) -> None:
+    # the gateway first: without the others it would wait for them
+    paths = sorted(folder.glob("*.pid"))
+    for path in paths:
+        with contextlib.suppress(ProcessLookupError, ValueError):
+            os.kill(int(path.read_text()), signal.SIGTERM)
+    for path in paths:
+        with contextlib.suppress(ProcessLookupError, ValueError, FileNotFoundError):
+            pid = int(path.read_text())
+            for _ in range(50):
+                os.kill(pid, 0)
+                time.sleep(0.1)
+            os.kill(pid, signal.SIGKILL)
+
+
+def _wait_until_it_answers(url: str, log: Path, lives: Callable[[], bool]) -> None:
     for _ in range(300):
-        assert process.poll() is None, server.log.read_text()
+        assert lives(), log.read_text()
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{server.endpoint}/moto-api/", timeout=1)
+            urllib.request.urlopen(url, timeout=1)
             return
         time.sleep(0.1)
     raise AssertionError("the S3 server did not answer within 30 s")

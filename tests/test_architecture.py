@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTERS = {"boto3": {"pipeline/storage.py"}, "botocore": {"pipeline/storage.py"},
+IMPORTERS = {"boto3": {"pipeline/storage_s3.py"}, "botocore": {"pipeline/storage_s3.py"},
              # MLflow itself runs pyfunc.py, as the code of a registered model
              "mlflow": {"pipeline/tracking.py", "pipeline/pyfunc.py"}, "pycocotools": {"pipeline/evaluation.py"}}
 

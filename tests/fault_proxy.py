@@ -1,0 +1,214 @@
+"""An HTTP proxy in front of an S3 server that fails on request, so that tests see what a client sees of a bad network.
+
+Requests pass unchanged, the Host header too, so that their signatures hold. A fault is for the next requests of one
+kind (GET, LIST, HEAD, PUT, DELETE) whose path contains a text; all others pass.
+"""
+
+import contextlib
+import http.client
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+# Before or after the store has done what was asked
+BEFORE, AFTER = "before", "after"
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
+
+
+@dataclass
+class Fault:
+    """One way to fail.
+
+    `action`  status: an error answer · timeout: none at all · reset: the connection breaks · truncate: half of the
+              answer's body, then the connection breaks · flip: one byte of the body is another (a PUT's on its way to
+              the store, a GET's on its way back) · hook: nothing, but `hook` is called first
+    `when`    whether status, timeout and reset come before the store hears of the request, or after it was applied
+    """
+
+    action: str
+    when: str = BEFORE
+    status: int = 500
+    code: str = "InternalError"
+    hook: Callable[[], None] | None = None
+
+
+INTERNAL_ERROR = Fault("status")
+INTERNAL_ERROR_AFTER = Fault("status", AFTER)
+SLOW_DOWN = Fault("status", status=503, code="SlowDown")
+TIMEOUT = Fault("timeout")
+TIMEOUT_AFTER = Fault("timeout", AFTER)
+RESET = Fault("reset")
+RESET_AFTER = Fault("reset", AFTER)
+TRUNCATED = Fault("truncate")
+FLIPPED = Fault("flip")
+
+
+def denied(code: str) -> Fault:
+    """The answer 403 with this code."""
+    return Fault("status", status=403, code=code)
+
+
+@dataclass
+class _Script:
+    kind: str
+    path: str
+    fault: Fault
+    times: int
+
+
+@dataclass
+class _Answer:
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+@dataclass
+class FaultProxy:
+    """A running proxy. `log` has (kind, path, status) of each request; status None where the client got no answer."""
+
+    upstream: tuple[str, int]
+    endpoint: str = ""
+    log: list[tuple[str, str, int | None]] = field(default_factory=list)
+    _scripts: list[_Script] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    @contextlib.contextmanager
+    def in_front_of(cls, endpoint: str) -> "Iterator[FaultProxy]":
+        """Run a proxy of this server for the time of the block."""
+        address = urlsplit(endpoint)
+        proxy = cls((str(address.hostname), int(address.port or 80)))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
+        server.daemon_threads = True
+        proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            proxy._stopped.set()
+            server.shutdown()
+            server.server_close()
+            thread.join(5)
+
+    def fail(self, kind: str, fault: Fault, *, path: str = "", times: int = 1) -> None:
+        """The next `times` requests of this kind whose path contains this text fail so."""
+        with self._lock:
+            self._scripts.append(_Script(kind, path, fault, times))
+
+    def asked(self, kind: str) -> list[str]:
+        """The paths of all requests of one kind so far."""
+        return [path for asked, path, _ in self.log if asked == kind]
+
+    def _next_fault(self, kind: str, path: str) -> Fault | None:
+        with self._lock:
+            for script in self._scripts:
+                if script.times and script.kind == kind and script.path in path:
+                    script.times -= 1
+                    return script.fault
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a client, and the one that goes on to the server."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body leave in one piece; Nagle would hold back the second
+    disable_nagle_algorithm = True
+    proxy: FaultProxy
+    _onward: http.client.HTTPConnection | None = None
+
+    def do_GET(self) -> None:
+        """Any request."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        kind = "LIST" if self.command == "GET" and "list-type=2" in self.path else self.command
+        fault = self.proxy._next_fault(kind, self.path) or Fault("none")
+        if fault.hook is not None:
+            fault.hook()
+        if fault.action == "flip" and kind == "PUT":
+            body = _flip(body)
+        status = None
+        if fault.action in ("status", "timeout", "reset"):
+            if fault.when == AFTER:
+                self._forward(body)
+            status = self._fail(fault)
+        else:
+            answer = self._forward(body)
+            if fault.action == "flip" and kind != "PUT":
+                answer.body = _flip(answer.body)
+            status = self._send(answer, cut=fault.action == "truncate")
+        self.proxy.log.append((kind, self.path, status))
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+    def _forward(self, body: bytes) -> _Answer:
+        if self._onward is None:
+            self._onward = http.client.HTTPConnection(*self.proxy.upstream, timeout=60)
+        try:
+            return self._ask(self._onward, body)
+        except (http.client.HTTPException, OSError):  # the kept connection has been closed meanwhile
+            self._onward.close()
+            return self._ask(self._onward, body)
+
+    def _ask(self, onward: http.client.HTTPConnection, body: bytes) -> _Answer:
+        onward.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in _HOP_BY_HOP or (name.lower() == "content-length"):
+                onward.putheader(name, value)
+        onward.endheaders(body or None)
+        answer = onward.getresponse()
+        return _Answer(answer.status, answer.reason, answer.getheaders(), answer.read())
+
+    def _send(self, answer: _Answer, *, cut: bool = False) -> int:
+        length = next((value for name, value in answer.headers if name.lower() == "content-length"), "0")
+        self.send_response_only(answer.status, answer.reason)
+        for name, value in answer.headers:
+            if name.lower() not in _HOP_BY_HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", length if self.command == "HEAD" else str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[:len(answer.body) // 2] if cut else answer.body)
+        self.wfile.flush()
+        self.close_connection = self.close_connection or cut
+        return answer.status
+
+    def _fail(self, fault: Fault) -> int | None:
+        if fault.action == "status":
+            body = f'<?xml version="1.0"?><Error><Code>{fault.code}</Code><Message>Told so.</Message></Error>'.encode()
+            body = b"" if self.command == "HEAD" else body
+            return self._send(_Answer(fault.status, "Fault", [("Content-Type", "application/xml")], body))
+        self.close_connection = True
+        if fault.action == "timeout":
+            self._wait_until_the_client_gives_up()
+        else:
+            # with a linger time of zero, closing sends RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return None
+
+    def _wait_until_the_client_gives_up(self) -> None:
+        while not self.proxy._stopped.is_set() and not select.select([self.connection], [], [], 0.05)[0]:
+            pass
+
+    def finish(self) -> None:
+        """Close both connections."""
+        if self._onward is not None:
+            self._onward.close()
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing on stderr."""
+
+
+def _flip(body: bytes) -> bytes:
+    middle = len(body) // 2
+    return body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1:]
