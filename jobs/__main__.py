@@ -32,9 +32,11 @@ class Job:
 
 JOBS = {
     "shard": Job("shard", settings.ShardConfig, "pictures in a folder or bucket -> a shard dataset", {
-        "images": "folder or s3://bucket/prefix that holds the pictures",
-        "output": "where the shard dataset goes",
+        "images": "folder or s3://bucket/prefix that holds the pictures; or a list: .parquet, .csv, S3 Inventory's "
+                  "manifest.json",
+        "output": "where the shard dataset goes; one that is there gets what has changed as its next version",
         "annotations": "COCO keypoints JSON (optional)",
+        "drop": "instead of --images: a file with keys to take out of the dataset, one on each line",
         "images-per-shard": "at most so many pictures in a shard",
         "include": "only names that match this pattern, such as '*.jpg'",
         "limit": "only the first N pictures, by name"}),

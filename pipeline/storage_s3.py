@@ -7,6 +7,8 @@ and what the store said, without any secret that an address may carry.
 
 import base64
 import contextlib
+import datetime
+import email.utils
 import functools
 import hashlib
 import itertools
@@ -23,6 +25,7 @@ from urllib.parse import urlsplit
 
 import boto3.session
 import botocore.session
+import botocore.utils
 from botocore import exceptions as sdk
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
@@ -221,6 +224,7 @@ def _connection() -> _Connection:
 def _connect() -> _Connection:
     try:
         session = botocore.session.get_session()
+        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_timestamp)
         attempts = session.get_config_variable("max_attempts")
         client = boto3.session.Session(botocore_session=session).client("s3", config=Config(
             retries={"mode": "standard", "total_max_attempts": 1}, max_pool_connections=64, tcp_keepalive=True,
@@ -232,6 +236,16 @@ def _connect() -> _Connection:
         return _Connection(session, client, max(1, attempts or ATTEMPTS),
                            client.meta.config.request_checksum_calculation == "when_required")
     raise failure
+
+
+def parse_timestamp(value: Any) -> datetime.datetime:
+    """A time in an answer. The SDK's parser, by dateutil, takes 0.2 ms: three quarters of the time of a listing."""
+    with contextlib.suppress(TypeError, ValueError):
+        return datetime.datetime.fromisoformat(value)
+    with contextlib.suppress(TypeError, ValueError):
+        return email.utils.parsedate_to_datetime(value)
+    found: datetime.datetime = botocore.utils.parse_timestamp(value)
+    return found
 
 
 def _arrow_credentials(session: botocore.session.Session) -> dict[str, str | None]:

@@ -7,6 +7,7 @@ where it is present.
 import csv
 import io
 import pickle
+import re
 import struct
 import tracemalloc
 import zlib
@@ -438,3 +439,9 @@ def test_a_found_or_broken_picture_meets_its_fate(shared: Path, row: dict[str, s
         if "gray" in row["file"]:
             original = cv2.cvtColor(original, cv2.COLOR_BGR2GRAY)[..., None]
         assert np.abs(original.astype(float) - pixels).mean() < 6
+
+
+def test_every_reason_is_documented_as_the_code_has_it() -> None:
+    table = (Path(__file__).parents[1] / "docs" / "shards.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (yes|no) \|$", table, re.M)
+    assert {reason: (what, again == "yes") for reason, what, again in rows} == REASONS
