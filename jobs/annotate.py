@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.record import record_run
-from jobs.start_ray import num_cpus, num_gpus, start_ray
+from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
 from pipeline import keypoints, storage
 from pipeline.config import AnnotateConfig, locations
@@ -47,6 +47,7 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         with start_ray():
+            refuse_unshared(inputs=[config.input], outputs=[config.output])
             job, choice = _freeze(config, model)
             if storage.exists(storage.join(config.output, SUCCESS)):
                 logger.info("%s is complete; nothing was done", config.output)

@@ -81,7 +81,9 @@ def refuse_unshared(*, inputs: Iterable[str], outputs: Iterable[str]) -> None:
     try:
         for probe in probes:
             storage.put_if_absent(probe, b"seen?")
-            seen[probe] = storage.describe_object(probe).etag
+            found = storage.describe_object(probe)
+            assert found is not None
+            seen[probe] = found.etag
         look = ray.remote(num_cpus=0)(_unseen)
         for node in nodes:
             there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
@@ -102,7 +104,7 @@ def _objects_at(uri: str) -> Iterator[storage.StoredObject]:
 def _unseen(objects: dict[str, str]) -> list[str]:
     """On a node: which of the objects aren't there with the ETag that the driver sees."""
     found = {uri: storage.describe_object(uri) for uri in objects}
-    return [uri for uri, etag in objects.items() if found[uri] is None or found[uri].etag != etag]
+    return [uri for uri, one in found.items() if one is None or one.etag != objects[uri]]
 
 
 def num_gpus() -> int:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jobs.start_ray import num_gpus, start_ray
+from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_worker import INIT_FOLDER, TrainTask, schedule_of, train_worker
 from pipeline import samples, storage, tracking
 from pipeline.config import TrainConfig, locations
@@ -55,6 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if job is None:
             storage.prove_put_if_absent(config.output)
         with start_ray():
+            refuse_unshared(inputs=filter(None, (config.data, config.val)), outputs=[config.output])
             _train(config, job, inputs, data, val)
     return _result(config)
 
