@@ -38,6 +38,7 @@ MODEL_FOLDER = "_model"
 SUCCESS = "_SUCCESS"
 PROGRESS_EVERY_S = 5
 ACTOR_RESTARTS = 4
+DECODER = "pipeline.images"
 
 
 def run(config: AnnotateConfig) -> dict[str, Any]:
@@ -108,23 +109,27 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
     logger.info("%d of %d units are committed; annotating %d", len(done), job.num_units, len(missing))
     if not missing:
         return 0
-    failures: list[str] = []
     progress = Progress(len(missing), budget=config.max_rejected_share * job.plan["pictures"])
     for receipt in _receipts(config, job, choice, missing):
-        if receipt["failure"]:
-            failures.append(receipt["failure"])
         progress.add(receipt)
+    crashed = sorted(set(missing) - progress.answered - committed_units(config.output, keypoints.FOLDER, job))
+    if crashed:
+        logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
+                       "their own", len(crashed))
+        for receipt in _receipts(config, job, choice, crashed, careful=True):
+            progress.add(receipt)
     left = len(missing) - len(committed_units(config.output, keypoints.FOLDER, job) - done)
     if left:
-        reasons = "\n".join(f"  {failure}" for failure in failures[:3])
+        reasons = "\n".join(f"  {failure}" for failure in progress.failures[:3])
         raise OSError(f"{left} of {job.num_units} units are not annotated; what is committed stays. "
                       f"Run the same command again to continue.\n{reasons}".rstrip())
     return len(missing)
 
 
-def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice,
-              missing: list[int]) -> Iterator[dict[str, Any]]:
-    """Annotate the units in an actor pool; what each came to, as they end."""
+def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, missing: list[int], *,
+              careful: bool = False) -> Iterator[dict[str, Any]]:
+    """Annotate the units in an actor pool; what each came to, as they end. A unit that ended its actor twice, as a
+    picture can on which the decoder crashes, has none. `careful`: decode in processes apart."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -135,7 +140,7 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice,
     # the unit is the row: nothing that Ray merges or splits can break what belongs together
     units = ray.data.from_items([{"unit": unit} for unit in missing], override_num_blocks=len(missing))
     receipts = units.map_batches(
-        UnitAnnotator, batch_size=1, fn_constructor_args=(config.output, job, asdict(choice)),
+        UnitAnnotator, batch_size=1, fn_constructor_args=(config.output, job, asdict(choice), careful, DECODER),
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
         # less than a whole CPU for each thread: actors that take every CPU leave none to Ray Data, which then waits
         num_cpus=0.9 * job.intent["threads"], num_gpus=1 if gpu else 0,
@@ -152,13 +157,13 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice,
 class UnitAnnotator:
     """An actor that holds the model and turns a unit's number into the unit's committed part."""
 
-    def __init__(self, output: str, job: FrozenJob, choice: dict[str, Any]) -> None:
+    def __init__(self, output: str, job: FrozenJob, choice: dict[str, Any], careful: bool, decoder: str) -> None:
         import torch
 
         from pipeline.model.directory import model_digest
         from pipeline.prediction import Predictor
 
-        self.output, self.job = output, job
+        self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
         intent = job.intent
         if intent["backend"] == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(f"{output} was begun on GPUs, but this actor on {os.uname().nodename} has none. "
@@ -186,11 +191,14 @@ class UnitAnnotator:
     def _annotate(self, unit: int) -> dict[str, Any]:
         from pipeline.annotation import annotate_pictures
         from pipeline.images import PictureLimits
+        from pipeline.isolation import open_decoder
         from pipeline.rows import count_rows
 
         planned = read_unit(self.output, self.job, unit)
-        pictures = annotate_pictures(inputs.pictures_of_unit(self.job.input, planned, self.boxes), self.predictor,
-                                     limits=PictureLimits(max_pixels=self.job.intent["max_pixels"]))
+        limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
+        with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
+            pictures = annotate_pictures(inputs.pictures_of_unit(self.job.input, planned, self.boxes), self.predictor,
+                                         decode=decoder.decode)
         data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
                                     model={**self.job.about["model"], "source": self.predictor.spec.source})
         storage.put_if_absent(storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit)), data)
@@ -203,12 +211,17 @@ class Progress:
     def __init__(self, units: int, *, budget: float) -> None:
         self.units, self.budget = units, budget
         self.done = 0
+        self.answered: set[int] = set()
+        self.failures: list[str] = []
         self.counts: dict[str, Any] = {}
         self.began = self.last = time.monotonic()
 
     def add(self, receipt: dict[str, Any]) -> None:
         """Count one unit's receipt."""
         self.done += 1
+        self.answered.add(int(receipt["unit"]))
+        if receipt["failure"]:
+            self.failures.append(receipt["failure"])
         self.counts = total_counts([self.counts, json.loads(receipt["counts"])])
         refuse_too_many_rejected(self.counts, self.budget)
         now = time.monotonic()

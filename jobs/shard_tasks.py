@@ -1,10 +1,7 @@
 """The Ray tasks that write shards: one shard a task, a bounded number at once, and what happens when one dies."""
 
-import contextlib
-import importlib
 import logging
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +11,7 @@ from pipeline import shards, storage
 from pipeline.ahead import map_ahead
 from pipeline.coco import AnnotatedImage
 from pipeline.images import PictureHeader, PictureLimits
-from pipeline.isolation import IsolatedDecoder, end_if_stuck
+from pipeline.isolation import open_decoder
 from pipeline.shard_listing import locator
 from pipeline.units import FrozenJob
 
@@ -99,7 +96,14 @@ def write_shard(task: ShardTask, job: FrozenJob, unit: int, planned: pa.Table,
     locate = locator(task.images)
     neighbours = [locate(key) for key in planned["key"].slice(0, 3).to_pylist()]
 
-    with _examiner(task) as examine:
+    with open_decoder(task.limits, isolated=task.isolated, seconds=task.decode_seconds,
+                      decoder=task.decoder) as decoder:
+        def examine(data: bytes) -> PictureHeader:
+            header = decoder.read_header(data)
+            if task.full:
+                decoder.decode(data)
+            return header
+
         def row(one: dict[str, Any]) -> dict[str, Any]:
             return shards.shard_row(
                 one, images.get(one["key"]), examine=examine, max_bytes=task.limits.max_bytes,
@@ -107,35 +111,3 @@ def write_shard(task: ShardTask, job: FrozenJob, unit: int, planned: pa.Table,
 
         rows = list(map_ahead(row, planned.to_pylist(), threads=task.threads))
     storage.put_if_absent(storage.join(task.output, shards.FOLDER, job.part_name(unit)), shards.part_bytes(rows))
-
-
-@contextlib.contextmanager
-def _examiner(task: ShardTask) -> Iterator[Callable[[bytes], PictureHeader]]:
-    """bytes -> header, or PictureRefused; in this process, which a picture that hangs ends, or in one of its own."""
-    if task.isolated:
-        with IsolatedDecoder(task.limits, seconds=task.decode_seconds, decoder=task.decoder) as apart:
-            yield _examination(apart.read_header, apart.decode if task.full else None)
-        return
-    here = importlib.import_module(task.decoder)
-
-    def read_header(data: bytes) -> PictureHeader:
-        with end_if_stuck(task.decode_seconds):
-            found: PictureHeader = here.read_header(data, task.limits)
-            return found
-
-    def decode(data: bytes) -> object:
-        with end_if_stuck(task.decode_seconds):
-            return here.decode_picture(data, task.limits)
-
-    yield _examination(read_header, decode if task.full else None)
-
-
-def _examination(read_header: Callable[[bytes], PictureHeader],
-                 decode: Callable[[bytes], object] | None) -> Callable[[bytes], PictureHeader]:
-    def examine(data: bytes) -> PictureHeader:
-        header = read_header(data)
-        if decode is not None:
-            decode(data)
-        return header
-
-    return examine

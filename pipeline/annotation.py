@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.images import PictureLimits, PictureRefused, decode_picture
+from pipeline.images import PictureRefused, Pixels, decode_picture
 from pipeline.prediction import CroppedPersons, Predictor
 from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes
 
@@ -34,13 +34,16 @@ class PictureToAnnotate:
 
 
 def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predictor, *,
-                      limits: PictureLimits) -> list[AnnotatedPicture]:
-    """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once."""
+                      decode: Callable[[bytes], Pixels] = decode_picture) -> list[AnnotatedPicture]:
+    """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once.
+
+    decode  bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+    """
     opened: list[tuple[AnnotatedPicture, CroppedPersons | None]] = []
 
     def crops() -> Iterator[Array]:
         for picture in pictures:
-            opened.append(_open(picture, predictor, limits))
+            opened.append(_open(picture, predictor, decode))
             persons = opened[-1][1]
             if persons is not None:
                 yield from persons.crops
@@ -82,11 +85,11 @@ def strongest_boxes(boxes: Boxes, *, min_score: float, max_persons: int | None) 
 
 
 def _open(task: PictureToAnnotate, predictor: Predictor,
-          limits: PictureLimits) -> tuple[AnnotatedPicture, CroppedPersons | None]:
+          decode: Callable[[bytes], Pixels]) -> tuple[AnnotatedPicture, CroppedPersons | None]:
     try:
         data = task.read()
         picture = task.picture | {"sha256": hashlib.sha256(data).hexdigest()}
-        image_bgr = decode_picture(data, limits)
+        image_bgr = decode(data)
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
         return AnnotatedPicture(task.picture, REJECTED, storage.reason_of(error), str(error)), None
     height, width = image_bgr.shape[:2]

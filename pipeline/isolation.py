@@ -56,7 +56,7 @@ class IsolatedDecoder:
     new one, so that what becomes of a picture doesn't follow from its predecessors.
     An error that is no refusal, and a child that can't start, are a RuntimeError with the child's own words.
     Threads may share one; they wait for each other. A child ends with its parent, however that ends: at once,
-    or, where C code holds it up, `seconds` after the picture began at the latest.
+    or, where C code holds it up, `seconds` + 1 after the picture began at the latest.
     """
 
     def __init__(
@@ -334,6 +334,38 @@ def end_if_stuck(seconds: float) -> Iterator[None]:
         yield
     finally:
         _DEADLINES.remove(block)
+
+
+class WatchedDecoder:
+    """Pictures read in this process, which one that takes longer than `seconds` ends (`end_if_stuck`)."""
+
+    def __init__(self, limits: PictureLimits, *, seconds: float, decoder: str) -> None:
+        self.limits, self.seconds = limits, seconds
+        self._module = importlib.import_module(decoder)
+
+    def read_header(self, data: bytes) -> PictureHeader:
+        """As `images.read_header`."""
+        with end_if_stuck(self.seconds):
+            header: PictureHeader = self._module.read_header(data, self.limits)
+            return header
+
+    def decode(self, data: bytes) -> Pixels:
+        """As `images.decode_picture`."""
+        with end_if_stuck(self.seconds):
+            pixels: Pixels = self._module.decode_picture(data, self.limits)
+            return pixels
+
+
+@contextmanager
+def open_decoder(limits: PictureLimits, *, isolated: bool, seconds: float = 60.0,
+                 decoder: str = "pipeline.images") -> Iterator[IsolatedDecoder | WatchedDecoder]:
+    """What a task reads pictures with: in its own process, fast, which a bad picture may end; or, where one has
+    (`isolated`), in a child. `seconds`: a picture that takes longer hangs."""
+    if not isolated:
+        yield WatchedDecoder(limits, seconds=seconds, decoder=decoder)
+        return
+    with IsolatedDecoder(limits, seconds=seconds, decoder=decoder) as apart:
+        yield apart
 
 
 class _Deadlines:

@@ -15,7 +15,7 @@ from pipeline.coco import AnnotatedImage, Person, coco_json
 from pipeline.drawing import contact_sheet, draw_persons
 from pipeline.errors import DataError
 from pipeline.evaluation import Evaluation, evaluate_keypoints
-from pipeline.images import PictureLimits, decode_picture
+from pipeline.images import decode_picture
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.rows import AnnotatedPicture, keypoint_table
@@ -43,7 +43,7 @@ def validate_part(dataset: ShardDataset, part: ShardPart, predictor: Predictor, 
     keep_bytes    of how many pictures with persons the bytes are kept, for `preview_sheet`
     """
     rows = _first_rows(read_part(dataset, part, COLUMNS).to_pylist(), most_persons)
-    predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor, limits=PictureLimits())
+    predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor)
     kept = {row["key"] for row in [row for row in rows if row["persons"]][:keep_bytes]}
     return [ValidatedPicture(picture, _truth(row), row["bytes"] if row["key"] in kept else None)
             for row, picture in zip(rows, predicted, strict=True)]

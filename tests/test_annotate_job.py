@@ -237,3 +237,15 @@ def kill_when_half_done(asked: AnnotateConfig, s3: S3Server) -> set[int]:
     job = open_job(asked.output)
     assert job is not None
     return committed_units(asked.output, "keypoints", job)
+
+
+def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotated(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = write_pictures(tmp_path / "in", count=5) / "images"
+    (pictures / "000003-culprit.jpg").write_bytes(b"abort ")
+    monkeypatch.setattr(annotate, "DECODER", "tests.crashing_decoder")
+    result = annotate.run(AnnotateConfig(
+        input=str(pictures), model=str(world / "model"), output=str(tmp_path / "out"), boxes="whole-image",
+        pictures_per_unit=2, max_rejected_share=1, actors=1, tracking=NO_TRACKING))
+    assert result["counts"]["ok"] == 5
+    assert result["counts"]["reasons"] == {"decoder_crash": 1}

@@ -19,7 +19,7 @@ from pipeline.annotation import (
     whole_image_box,
 )
 from pipeline.figures import make_picture
-from pipeline.images import PictureLimits, decode_picture
+from pipeline.images import decode_picture
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
 from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes
@@ -45,7 +45,7 @@ def task(key: str, persons: Boxes, read: Any = None) -> PictureToAnnotate:
 
 
 def annotate(predictor: Predictor, *tasks: PictureToAnnotate) -> list[AnnotatedPicture]:
-    return annotate_pictures(tasks, predictor, limits=PictureLimits())
+    return annotate_pictures(tasks, predictor)
 
 
 def test_each_picture_gets_the_joints_of_its_own_persons(predictor: Predictor) -> None:
