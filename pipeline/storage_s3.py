@@ -304,7 +304,8 @@ def _status(response: Mapping[str, Any]) -> int:
 
 def _without_secrets(said: object) -> str:
     """The text without user names, passwords and query strings (signatures!) of addresses, and not too long."""
-    text = re.sub(r"//[^/@\s\"']*@", "//", str(said))
+    text = re.sub(r"(\w+://)[^\s\"']*@", r"\1", str(said))
+    text = re.sub(r"[^\s/\"'@:]+:[^\s/\"'@]+@", "", text)  # an address without its scheme
     return re.sub(r"(//[^\s?\"']*)\?[^\s\"']*", r"\1", text)[:300]
 
 
