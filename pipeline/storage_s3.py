@@ -44,6 +44,7 @@ FIRST_THROTTLED_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 20.0
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
+PAGE_OBJECTS = 1000  # of a listing; no store gives more
 WRITER_KEY = "writer"
 SHA256_KEY = "sha256"
 # How many given neighbours, and how many keys of each folder above, are tried before a refusal is about us
@@ -56,8 +57,9 @@ _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExce
 _PASSING = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout",
             "InternalError", "ServiceUnavailable", *_THROTTLED}
 _PASSING_STATUS = {408, 409, 429}
-_PASSING_ERRORS = (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.ChecksumError, sdk.FlexibleChecksumError,
-                   sdk.CredentialRetrievalError, sdk.MetadataRetrievalError, ResponseParserError)
+_PASSING_ERRORS = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.ChecksumError,
+                   sdk.FlexibleChecksumError, sdk.CredentialRetrievalError, sdk.MetadataRetrievalError,
+                   ResponseParserError)
 # Refusals of one object to us; an archived one must be restored first
 _DENIED = {"AccessDenied", "InvalidObjectState"}
 _WRONG_BUCKET = {"NoSuchBucket": "there is no such bucket. Create it, or correct the name",
@@ -351,7 +353,7 @@ class _Listing:
 
     def _ask(self, **request: str) -> dict[str, Any]:
         answer: dict[str, Any] = _retried(
-            self.uri, lambda: _connection().client.list_objects_v2(Bucket=self.bucket, **request))
+            self.uri, lambda: _connection().client.list_objects_v2(Bucket=self.bucket, MaxKeys=PAGE_OBJECTS, **request))
         return answer
 
     def _object(self, item: Mapping[str, Any]) -> StoredObject:
