@@ -198,25 +198,24 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     return pyarrow.fs.S3FileSystem(**settings), uri[5:]
 
 
-def renew_client() -> None:
-    """Forget this process's client: the next request makes one from the settings of then."""
-    with _connecting:
-        _connections.clear()
-
-
 # --- the client ---------------------------------------------------------------------------------------------------
 
-_connections: dict[int, _Connection] = {}
+# The settings whose change makes another client; all others are read once
+_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
+             "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_MAX_ATTEMPTS",
+             "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+_connections: dict[tuple[int, ...], _Connection] = {}
 _connecting = threading.Lock()
 
 
 def _connection() -> _Connection:
-    # one client for each process: it is safe across threads, not across a fork
-    found = _connections.get(os.getpid())
+    # one client for each process: it is safe across threads, not across a fork. It takes 0.2 s to make
+    settings = (os.getpid(), *(hash(os.environ.get(name)) for name in _SETTINGS))
+    found = _connections.get(settings)
     if found is None:
         with _connecting:
-            found = _connections.get(os.getpid()) or _connect()
-            _connections[os.getpid()] = found
+            found = _connections.get(settings) or _connect()
+            _connections[settings] = found
     return found
 
 

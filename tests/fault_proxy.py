@@ -114,6 +114,11 @@ class FaultProxy:
         with self._lock:
             self._scripts.append(_Script(kind, path, fault, times))
 
+    def forget(self) -> None:
+        """Fail no more, and begin a new log."""
+        with self._lock:
+            self._scripts, self.log = [], []
+
     def asked(self, kind: str) -> list[str]:
         """The paths of all requests of one kind so far."""
         return [one.path for one in self.log if one.kind == kind]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage, storage_disk, storage_s3
+from pipeline import storage, storage_disk
 from pipeline.errors import ConfigError
 from pipeline.storage import join, list_objects, put_if_absent, read_object
 from tests.s3 import S3Server
@@ -340,12 +340,10 @@ def test_pyarrow_renews_the_credentials_of_a_role_itself(
         monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-        storage_s3.renew_client()
         filesystem, path = storage.arrow_filesystem(join(bucket, "file"))
         asked_at_first = len(service.asked)
         assert filesystem.open_input_file(path).read() == b"0123456789"
         assert len(service.asked) > asked_at_first
-    storage_s3.renew_client()
 
 
 @pytest.mark.slow
@@ -362,11 +360,9 @@ def test_ten_thousand_objects_are_all_found(s3: S3Server, bucket: str) -> None:
 def test_settings_that_are_wrong_are_a_wrong_command(
         bucket: str, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    storage_s3.renew_client()
     with pytest.raises(ConfigError, match="AWS settings") as raised:
         read_object(join(bucket, "x"))
     assert "secret" not in str(raised.value)
-    storage_s3.renew_client()
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", ""])

@@ -103,7 +103,6 @@ def test_an_object_that_stays_damaged_is_named(world: str, faulty_s3: FaultProxy
 def test_our_own_sha256_is_checked_where_the_store_keeps_no_checksum(
         world: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "WHEN_REQUIRED")
-    storage_s3.renew_client()
     faulty_s3.fail("GET", FLIPPED, times=100)
     with pytest.raises(StorageError, match=r"/a: 6 attempts failed.*damaged"):
         read_object(join(world, "a"))
@@ -114,7 +113,6 @@ def test_our_own_sha256_is_checked_where_the_store_keeps_no_checksum(
 def test_a_put_carries_a_checksum_for_the_store_to_check(
         bucket: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, setting: str, header: str) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", setting)
-    storage_s3.renew_client()
     # what the store says where the checksum is wrong is tried again; the last answer isn't
     for code in ("BadDigest", "XAmzContentChecksumMismatch", "InvalidRequest"):
         faulty_s3.fail("PUT", Fault("status", status=400, code=code))
@@ -203,7 +201,6 @@ def test_the_probe_is_removed_when_reading_it_fails(bucket: str, faulty_s3: Faul
 def test_the_number_of_attempts_is_the_usual_setting(
         world: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, attempts: str, requests: int) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
-    storage_s3.renew_client()
     faulty_s3.fail("GET", SLOW_DOWN, times=100)
     with pytest.raises(StorageError, match=f"{attempts} attempts failed.*503 SlowDown"):
         read_object(join(world, "a"))
@@ -339,26 +336,22 @@ def test_wrong_credentials_are_the_services_error(
     if pytestconfig.getoption("--store") == "moto":
         pytest.skip("moto does not check signatures")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage_s3.renew_client()
     for act in (read_object, storage.exists, storage.stored_sha256):
         with pytest.raises(StorageError, match=r"/a: the store answered 403.*credentials") as raised:
             act(join(world, "a"))
         assert not isinstance(raised.value, storage.ABOUT_THE_OBJECT)
         assert "wrong" not in str(raised.value)
-    storage_s3.renew_client()
 
 
 def test_no_password_of_an_address_is_in_a_message(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
     monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.001)
-    storage_s3.renew_client()
     with pytest.raises(StorageError, match=r"/a: 6 attempts failed") as raised:
         read_object(join(bucket, "a"))
     seen: BaseException | None = raised.value
     while seen is not None:
         assert "pass-word" not in str(seen)
         seen = seen.__cause__ or seen.__context__
-    storage_s3.renew_client()
 
 
 @pytest.mark.parametrize(("said", "shown"), [
