@@ -47,6 +47,7 @@ FIRST_THROTTLED_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 20.0
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
+PAGE_OBJECTS = 1000  # of a listing; no store gives more
 WRITER_KEY = "writer"
 SHA256_KEY = "sha256"
 # How many given neighbours, and how many keys of each folder above, are tried before a refusal is about us
@@ -59,8 +60,9 @@ _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExce
 _PASSING = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeout",
             "InternalError", "ServiceUnavailable", *_THROTTLED}
 _PASSING_STATUS = {408, 409, 429}
-_PASSING_ERRORS = (sdk.HTTPClientError, sdk.IncompleteReadError, sdk.ChecksumError, sdk.FlexibleChecksumError,
-                   sdk.CredentialRetrievalError, sdk.MetadataRetrievalError, ResponseParserError)
+_PASSING_ERRORS = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadError, sdk.ChecksumError,
+                   sdk.FlexibleChecksumError, sdk.CredentialRetrievalError, sdk.MetadataRetrievalError,
+                   ResponseParserError)
 # Refusals of one object to us; an archived one must be restored first
 _DENIED = {"AccessDenied", "InvalidObjectState"}
 _WRONG_BUCKET = {"NoSuchBucket": "there is no such bucket. Create it, or correct the name",
@@ -199,25 +201,24 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     return pyarrow.fs.S3FileSystem(**settings), uri[5:]
 
 
-def renew_client() -> None:
-    """Forget this process's client: the next request makes one from the settings of then."""
-    with _connecting:
-        _connections.clear()
-
-
 # --- the client ---------------------------------------------------------------------------------------------------
 
-_connections: dict[int, _Connection] = {}
+# The settings whose change makes another client; all others are read once
+_SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID",
+             "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_MAX_ATTEMPTS",
+             "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+_connections: dict[tuple[int, ...], _Connection] = {}
 _connecting = threading.Lock()
 
 
 def _connection() -> _Connection:
-    # one client for each process: it is safe across threads, not across a fork
-    found = _connections.get(os.getpid())
+    # one client for each process: it is safe across threads, not across a fork. It takes 0.2 s to make
+    settings = (os.getpid(), *(hash(os.environ.get(name)) for name in _SETTINGS))
+    found = _connections.get(settings)
     if found is None:
         with _connecting:
-            found = _connections.get(os.getpid()) or _connect()
-            _connections[os.getpid()] = found
+            found = _connections.get(settings) or _connect()
+            _connections[settings] = found
     return found
 
 
@@ -318,7 +319,8 @@ def _status(response: Mapping[str, Any]) -> int:
 
 def _without_secrets(said: object) -> str:
     """The text without user names, passwords and query strings (signatures!) of addresses, and not too long."""
-    text = re.sub(r"//[^/@\s\"']*@", "//", str(said))
+    text = re.sub(r"(\w+://)[^\s\"']*@", r"\1", str(said))
+    text = re.sub(r"[^\s/\"'@:]+:[^\s/\"'@]+@", "", text)  # an address without its scheme
     return re.sub(r"(//[^\s?\"']*)\?[^\s\"']*", r"\1", text)[:300]
 
 
@@ -364,7 +366,7 @@ class _Listing:
 
     def _ask(self, **request: str) -> dict[str, Any]:
         answer: dict[str, Any] = _retried(
-            self.uri, lambda: _connection().client.list_objects_v2(Bucket=self.bucket, **request))
+            self.uri, lambda: _connection().client.list_objects_v2(Bucket=self.bucket, MaxKeys=PAGE_OBJECTS, **request))
         return answer
 
     def _object(self, item: Mapping[str, Any]) -> StoredObject:

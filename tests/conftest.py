@@ -38,25 +38,28 @@ def s3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
         for name, value in server.environment.items():
             environment.setenv(name, value)
         environment.delenv("AWS_PROFILE", raising=False)
-        storage_s3.renew_client()
         yield server
-    storage_s3.renew_client()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3: S3Server) -> Iterator[FaultProxy]:
+    """The proxy of all tests: with one address for all, one client is enough for all."""
+    with FaultProxy.in_front_of(s3.endpoint) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def faulty_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def faulty_s3(s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
     """A proxy in front of the S3 server, which every client now goes through and which fails as it is told.
 
     Pauses between attempts are tiny, and a request may take one second.
     """
-    with FaultProxy.in_front_of(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.001)
-        monkeypatch.setattr(storage_s3, "FIRST_THROTTLED_PAUSE_S", 0.001)
-        monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 1)
-        storage_s3.renew_client()
-        yield proxy
-    storage_s3.renew_client()
+    s3_proxy.forget()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+    monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(storage_s3, "FIRST_THROTTLED_PAUSE_S", 0.001)
+    monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 1)
+    return s3_proxy
 
 
 @pytest.fixture

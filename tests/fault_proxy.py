@@ -62,6 +62,16 @@ class _Script:
 
 
 @dataclass
+class Logged:
+    """A request. `headers`: their names in lower case; `status`: None where the client got no answer."""
+
+    kind: str
+    path: str
+    headers: set[str]
+    status: int | None = None
+
+
+@dataclass
 class _Answer:
     status: int
     reason: str
@@ -71,11 +81,11 @@ class _Answer:
 
 @dataclass
 class FaultProxy:
-    """A running proxy. `log` has (kind, path, status) of each request; status None where the client got no answer."""
+    """A running proxy, with a log of each request in the order in which they came."""
 
     upstream: tuple[str, int]
     endpoint: str = ""
-    log: list[tuple[str, str, int | None]] = field(default_factory=list)
+    log: list[Logged] = field(default_factory=list)
     _scripts: list[_Script] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -104,9 +114,14 @@ class FaultProxy:
         with self._lock:
             self._scripts.append(_Script(kind, path, fault, times))
 
+    def forget(self) -> None:
+        """Fail no more, and begin a new log."""
+        with self._lock:
+            self._scripts, self.log = [], []
+
     def asked(self, kind: str) -> list[str]:
         """The paths of all requests of one kind so far."""
-        return [path for asked, path, _ in self.log if asked == kind]
+        return [one.path for one in self.log if one.kind == kind]
 
     def _next_fault(self, kind: str, path: str) -> Fault | None:
         with self._lock:
@@ -124,30 +139,37 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # headers and body leave in one piece; Nagle would hold back the second
     disable_nagle_algorithm = True
     proxy: FaultProxy
+    _logged: Logged
     _onward: http.client.HTTPConnection | None = None
 
     def do_GET(self) -> None:
         """Any request."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind = "LIST" if self.command == "GET" and "list-type=2" in self.path else self.command
+        self._logged = Logged(kind, self.path, {name.lower() for name in self.headers})
+        self.proxy.log.append(self._logged)
         fault = self.proxy._next_fault(kind, self.path) or Fault("none")
         if fault.hook is not None:
             fault.hook()
         if fault.action == "flip" and kind == "PUT":
             body = _flip(body)
-        status = None
         if fault.action in ("status", "timeout", "reset"):
             if fault.when == AFTER:
                 self._forward(body)
-            status = self._fail(fault)
+            self._fail(fault)
         else:
             answer = self._forward(body)
             if fault.action == "flip" and kind != "PUT":
                 answer.body = _flip(answer.body)
-            status = self._send(answer, cut=fault.action == "truncate")
-        self.proxy.log.append((kind, self.path, status))
+            self._send(answer, cut=fault.action == "truncate")
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+    def handle_expect_100(self) -> bool:
+        """Ask for the body, at once: a client waits for this a second."""
+        super().handle_expect_100()
+        self.wfile.flush()
+        return True
 
     def _forward(self, body: bytes) -> _Answer:
         if self._onward is None:
@@ -167,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = onward.getresponse()
         return _Answer(answer.status, answer.reason, answer.getheaders(), answer.read())
 
-    def _send(self, answer: _Answer, *, cut: bool = False) -> int:
+    def _send(self, answer: _Answer, *, cut: bool = False) -> None:
+        self._logged.status = answer.status
         length = next((value for name, value in answer.headers if name.lower() == "content-length"), "0")
         self.send_response_only(answer.status, answer.reason)
         for name, value in answer.headers:
@@ -179,20 +202,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body[:len(answer.body) // 2] if cut else answer.body)
         self.wfile.flush()
         self.close_connection = self.close_connection or cut
-        return answer.status
 
-    def _fail(self, fault: Fault) -> int | None:
+    def _fail(self, fault: Fault) -> None:
         if fault.action == "status":
             body = f'<?xml version="1.0"?><Error><Code>{fault.code}</Code><Message>Told so.</Message></Error>'.encode()
             body = b"" if self.command == "HEAD" else body
-            return self._send(_Answer(fault.status, "Fault", [("Content-Type", "application/xml")], body))
+            self._send(_Answer(fault.status, "Fault", [("Content-Type", "application/xml")], body))
+            return
         self.close_connection = True
         if fault.action == "timeout":
             self._wait_until_the_client_gives_up()
         else:
             # with a linger time of zero, closing sends RST
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        return None
 
     def _wait_until_the_client_gives_up(self) -> None:
         while not self.proxy._stopped.is_set() and not select.select([self.connection], [], [], 0.05)[0]:

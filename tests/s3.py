@@ -1,6 +1,7 @@
 """Real S3 servers for tests, on loopback, that keep a log of what was asked of them: moto's, and Ceph's gateway."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -45,8 +46,7 @@ class S3Server:
 
     def client(self) -> "boto3.client":
         """A plain boto3 client of it."""
-        return boto3.client("s3", endpoint_url=self.endpoint, aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-                            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
+        return _client(self.endpoint, self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"])
 
     def upload_folder(self, folder: Path, uri: str) -> None:
         """Put each file of a folder under an s3:// prefix."""
@@ -59,6 +59,12 @@ class S3Server:
     def requests(self, method: str) -> list[str]:
         """The paths of all requests of one method so far, in order."""
         return re.findall(rf'"{method} (\S+) HTTP', self.log.read_text(errors="replace"))
+
+
+@functools.cache
+def _client(endpoint: str, access_key: str, secret_key: str) -> "boto3.client":
+    return boto3.client("s3", endpoint_url=endpoint, aws_access_key_id=access_key, aws_secret_access_key=secret_key,
+                        region_name="us-east-1")
 
 
 @contextlib.contextmanager
