@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3.session
+import botocore.parsers
 import botocore.session
 import botocore.utils
 from botocore import exceptions as sdk
@@ -225,7 +226,7 @@ def _connection() -> _Connection:
 def _connect() -> _Connection:
     try:
         session = botocore.session.get_session()
-        session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=parse_timestamp)
+        session.register_component("response_parser_factory", _AnswerParsers())
         attempts = session.get_config_variable("max_attempts")
         client = boto3.session.Session(botocore_session=session).client("s3", config=Config(
             retries={"mode": "standard", "total_max_attempts": 1}, max_pool_connections=64, tcp_keepalive=True,
@@ -239,8 +240,32 @@ def _connect() -> _Connection:
     raise failure
 
 
+class _AnswerParsers(botocore.parsers.ResponseParserFactory):  # type: ignore[misc]
+    """The SDK's parsers, but for listings. To make a page of 1,000 objects takes them 370 ms under the profiler, 75 % of
+    it for times; this way it takes 30."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_parser_defaults(timestamp_parser=parse_timestamp)
+
+    def create_parser(self, protocol_name: str) -> Any:
+        """The parser of a service's answers; S3's are "rest-xml"."""
+        return _XMLParser(**self._defaults) if protocol_name == "rest-xml" else super().create_parser(protocol_name)
+
+
+class _XMLParser(botocore.parsers.RestXMLParser):  # type: ignore[misc]
+
+    def _handle_list(self, shape: Any, node: Any) -> Any:
+        if shape.name != "ObjectList":
+            return super()._handle_list(shape, node)
+        listed = [{child.tag.rpartition("}")[2]: child.text or "" for child in item}
+                  for item in (node if isinstance(node, list) else [node])]
+        # only what is read here of a listed object
+        return [{"Key": item["Key"], "Size": int(item["Size"]), "ETag": item.get("ETag", "")} for item in listed]
+
+
 def parse_timestamp(value: Any) -> datetime.datetime:
-    """A time in an answer. The SDK's parser, by dateutil, takes 0.2 ms: three quarters of the time of a listing."""
+    """A time in an answer. The SDK's own parser, by dateutil, takes 0.2 ms, in each answer to a GET too."""
     with contextlib.suppress(TypeError, ValueError):
         return datetime.datetime.fromisoformat(value)
     with contextlib.suppress(TypeError, ValueError):
