@@ -214,7 +214,7 @@ def iterate_part(dataset: ShardDataset, part: ShardPart,
 
 def _checked_part(dataset: ShardDataset, part: ShardPart) -> pa.BufferReader:
     uri = storage.join(dataset.uri, FOLDER, part.name)
-    data = storage.read_object(uri)
+    data = storage.read_object(uri, own_sha256=False)
     found = hashlib.sha256(data).hexdigest()
     if found != part.sha256:
         raise DataError(f"{uri} is damaged: its SHA-256 is {found[:16]}..., but {version_name(dataset.version)} says "

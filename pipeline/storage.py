@@ -49,7 +49,7 @@ class Side(Protocol):
     def list_objects(self, prefix_uri: str) -> Iterator[StoredObject]:
         """Every object, ordered by the bytes of its name."""
 
-    def read(self, uri: str, etag: str | None, neighbours: Sequence[str]) -> bytes:
+    def read(self, uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool) -> bytes:
         """The whole object."""
 
     def read_range(self, uri: str, start: int, length: int, etag: str | None) -> bytes:
@@ -120,15 +120,17 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
     return _side(prefix_uri).list_objects(prefix_uri)
 
 
-def read_object(uri: str, *, etag: str | None = None, neighbours: Sequence[str] = ()) -> bytes:
-    """The object's bytes, checked against their length and every checksum that the store keeps of them.
+def read_object(uri: str, *, etag: str | None = None, neighbours: Sequence[str] = (),
+                own_sha256: bool = True) -> bytes:
+    """The object's bytes, checked against their length and every checksum that the store keeps of them; the SHA-256
+    that we put with it is left to a caller who knows it (`own_sha256` False): 128 MB take 0.6 s.
 
     With `etag`, ObjectChanged unless it is still that object. An object that the store refuses (403) is
     ObjectForbidden only if another one can be read now: one of `neighbours` (URIs) or what lies beside and above it;
     otherwise it is about us, and a StorageError.
     """
     uri = normalise(uri)
-    return _side(uri).read(uri, etag, neighbours)
+    return _side(uri).read(uri, etag, neighbours, own_sha256)
 
 
 def read_range(uri: str, start: int, length: int, *, etag: str | None = None) -> bytes:
@@ -185,7 +187,7 @@ def prove_put_if_absent(prefix_uri: str) -> None:
     try:
         side.put_if_absent(probe, b"first")
         refused = not side.put_if_absent(probe, b"second")
-        kept = side.read(probe, None, ()) == b"first"
+        kept = side.read(probe, None, (), True) == b"first"
     except BaseException:
         with contextlib.suppress(StorageError):
             side.remove(probe)

@@ -47,8 +47,8 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
                 yield found
 
 
-def read(uri: str, etag: str | None, neighbours: Sequence[str]) -> bytes:
-    """The file's bytes. A disk says of each file whether it may be read: `neighbours` aren't needed."""
+def read(uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool) -> bytes:
+    """The file's bytes. A disk says of each file whether it may be read, and checks what it reads by itself."""
     with _opened(uri, etag) as file:
         return file.read()
 
