@@ -141,7 +141,7 @@ def test_a_consumer_that_stops_ends_the_threads() -> None:
 
 
 def test_what_stays_is_listed_once_while_others_come_and_go() -> None:
-    store = FakeStore(NAMES["zero-padded numbers"](), pause_s=0.001)
+    store = FakeStore((f"{i:09d}.jpg" for i in range(5_000)), pause_s=0.001)
     stays = set(store.names[::2])
     goes, comes = store.names[1::4], [name + "x" for name in store.names[::40]]
     rng = random.Random(0)
