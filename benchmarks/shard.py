@@ -10,15 +10,16 @@ of the same cores. For each size of pictures and each latency, one after the oth
                 No hashing, no Parquet, no Ray.
     job         jobs.shard.run, within a Ray that is running: listing, plan, writing, sealing.
     16 threads  boto3, pyarrow and a ThreadPoolExecutor: parts of 1000 rows with key and bytes.
-    1 thread    the same, one picture after the other; of fewer pictures where each takes 50 ms.
+    1 thread    the same, one picture after the other, of the first 200 pictures.
 
-The medians are printed as a table, and all that was measured goes to DIR/shard.json.
+The medians are printed as tables, and all that was measured goes to DIR/shard.json.
 """
 
 import argparse
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -53,6 +54,7 @@ PICTURES_PER_SHARD = 250  # small, so that a run has many shards for each task: 
 DISTINCT_PICTURES = 100
 BYTES_PER_PIXEL = 0.6  # COCO's have 0.5
 REPETITIONS = 3
+SEQUENTIAL_PICTURES = 200
 OUT = "out"  # the bucket that is written to
 
 
@@ -78,6 +80,35 @@ class Measurement:
     wall_s: float
     cpu_s: float
     server_cpu_s: float
+    stages_s: dict[str, float]  # of the job alone
+
+
+class StageClock(logging.Handler):
+    """What the job has done since its last message, by the messages of its log."""
+
+    ENDS = (("objects listed under", "list"), ("shards are there; writing", "freeze"),
+            (" shards, ", "write"), (" rows = ", "seal"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.restart()
+
+    def restart(self) -> None:
+        """From now on."""
+        self.stages_s: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A message that ends a stage."""
+        now, text = time.perf_counter(), record.getMessage()
+        for words, stage in self.ENDS:
+            if words in text:
+                self.stages_s[stage] = self.stages_s.get(stage, 0) + now - self.last
+                self.last = now
+                return
+
+
+CLOCK = StageClock()
 
 
 def main() -> int:
@@ -87,6 +118,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/benchmark-shard"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    shard.logger.setLevel(logging.INFO)
+    shard.logger.propagate = False
+    shard.logger.addHandler(CLOCK)
     with static_s3() as server:
         os.environ.update(server.environment)  # before Ray: its workers inherit them
         sources = [fill_bucket(server, name, options.pictures) for name in SIZES]
@@ -94,6 +128,7 @@ def main() -> int:
             measured = measure(server, sources)
     (options.output / "shard.json").write_text(json.dumps([asdict(one) for one in measured], indent=1))
     print_table(measured)
+    print_stages(measured)
     return 0
 
 
@@ -238,8 +273,8 @@ def _measurements(server: RunningServer, contenders: dict[str, Callable[[Source,
                   sources: Sequence[Source]) -> Iterator[Measurement]:
     for _, source, latency_s in itertools.product(range(REPETITIONS), sources, LATENCIES_S):
         for name, run in contenders.items():
-            slow = name == "1 thread" and latency_s > 0
-            made = measure_one(server, name, run, first_pictures(source, 100) if slow else source, latency_s)
+            some = first_pictures(source, SEQUENTIAL_PICTURES) if name == "1 thread" else source
+            made = measure_one(server, name, run, some, latency_s)
             print(f"{made.source:>13} {1000 * latency_s:3.0f} ms {name:>10}: {made.wall_s:6.2f} s", file=sys.stderr)
             yield made
 
@@ -255,13 +290,15 @@ def measure_one(server: RunningServer, name: str, run: Callable[[Source, str], N
     """One run, and its traces removed."""
     server.delay(latency_s)
     prefix = f"{name.replace(' ', '-')}-{time.monotonic_ns()}"
+    CLOCK.restart()
     cpu, server_cpu, began = cpu_of_all(but=server.pid), cpu_of(server.pid), time.perf_counter()
     run(source, prefix)
     wall = time.perf_counter() - began
     cpu, server_cpu = cpu_of_all(but=server.pid) - cpu, cpu_of(server.pid) - server_cpu
     server.delay(0)
     remove(prefix)
-    return Measurement(source.name, latency_s, name, len(source.keys), source.num_bytes, wall, cpu, server_cpu)
+    return Measurement(source.name, latency_s, name, len(source.keys), source.num_bytes, wall, cpu, server_cpu,
+                       CLOCK.stages_s)
 
 
 def cpu_of_all(*, but: int) -> float:
@@ -306,6 +343,19 @@ def print_table(measured: Sequence[Measurement]) -> None:
                   f"| {median(some, lambda one: one.bytes / 1e6 / one.wall_s):.0f} | {' | '.join(ratios)} "
                   f"| {median(some, lambda one: 1000 * one.cpu_s / one.pictures):.2f} "
                   f"| {median(some, lambda one: 100 * one.server_cpu_s / one.wall_s):.0f} % |")
+
+
+def print_stages(measured: Sequence[Measurement]) -> None:
+    """What the job's seconds went to: medians."""
+    stages = [stage for _, stage in StageClock.ENDS]
+    print(f"\n| the job, s | latency | {' | '.join(stages)} |\n|---|---|{'---|' * len(stages)}")
+    runs: dict[tuple[str, float], list[Measurement]] = {}
+    for one in measured:
+        if one.stages_s:
+            runs.setdefault((one.source, one.latency_s), []).append(one)
+    for (source, latency_s), some in runs.items():
+        seconds = [f"{median(some, lambda one, stage=stage: one.stages_s[stage]):.2f}" for stage in stages]
+        print(f"| {source} | {1000 * latency_s:.0f} ms | {' | '.join(seconds)} |")
 
 
 def rate(one: Measurement) -> float:
