@@ -27,6 +27,9 @@ VERSION = 1
 FOLDER = "shards"
 NOT_A_PICTURE = "not_a_picture"
 STREAMED_ROWS = 16  # some 3 MB of pictures
+# Parquet looks whether a page is full only after so many rows. At its default, 1024, a part's pictures are one page,
+# which a reader has to hold at once: 83 MB to stream a part of 100 MB, instead of 6 (benchmarks/shard_format.py)
+ROWS_UNTIL_PAGE_CHECK = 16
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     # JPEG doesn't compress: zstd on `bytes` costs time and saves nothing
     compression = {name: "none" if name == "bytes" else "zstd" for name in leaf_columns(table.schema)}
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression, use_dictionary=False, row_group_size=max(len(rows), 1))
+    pq.write_table(table, sink, compression=compression, use_dictionary=False, row_group_size=max(len(rows), 1),
+                   write_batch_size=ROWS_UNTIL_PAGE_CHECK)
     return bytes(sink.getvalue().to_pybytes())
 
 
