@@ -20,10 +20,11 @@ from pipeline import shard_versions as versions
 from pipeline.coco import AnnotatedImage, Annotations, parse_annotations
 from pipeline.config import ShardConfig, locations
 from pipeline.errors import ConfigError, DataError
-from pipeline.hash_buckets import HashBuckets
+from pipeline.hash_buckets import HASH, HashBuckets
 from pipeline.images import PictureLimits
 from pipeline.rows import ROW_VERSION
 from pipeline.shard_listing import Listing, locator
+from pipeline.shard_plan import Bounds
 from pipeline.units import (
     UNITS_PER_PLAN_FILE,
     FrozenJob,
@@ -141,15 +142,15 @@ def _unfinished_job(config: ShardConfig, annotations: AnnotationFile | None,
 
 
 def freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
-                 base: shards.ShardDataset) -> FrozenJob | None:
-    """Freeze the job of the next version; None where there is nothing to do."""
-    if config.drop is not None:
-        job = _freeze_drop(config, base)
+                base: shards.ShardDataset) -> FrozenJob | None:
+    """Freeze the job of the version after `base`; None where there is nothing to do."""
+    if not base.version and config.drop is not None:
+        raise DataError(f"{config.output} holds no shard dataset to drop anything from.")
+    if not base.version:
+        storage.prove_put_if_absent(config.output)  # before a listing that may take an hour
     else:
-        if base.version:
-            _refuse_other_settings(config, annotations, base)
-        storage.prove_put_if_absent(config.output)
-        job = _freeze_growth(config, annotations, base)
+        _refuse_other_settings(config, annotations, base)
+    job = _freeze_drop(config, base) if config.drop is not None else _freeze_growth(config, annotations, base)
     if job is not None and base.version:
         logger.info("version %d: %s", base.version + 1, job.about["changes"])
     return job
@@ -157,6 +158,8 @@ def freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
 
 def _refuse_other_settings(config: ShardConfig, annotations: AnnotationFile | None, base: shards.ShardDataset) -> None:
     """A dataset grows by the settings with which it was made; the annotations may have grown too."""
+    if config.drop is not None:
+        return  # what is taken out doesn't depend on settings
     before = versions.open_version_job(config.output, base.version)
     if before.input["annotations"] and annotations is None:
         raise ConfigError(f"{config.output} was made with --annotations {before.input['annotations']}. Give them, or "
@@ -173,46 +176,54 @@ def _refuse_other_settings(config: ShardConfig, annotations: AnnotationFile | No
 
 def _freeze_growth(config: ShardConfig, annotations: AnnotationFile | None,
                    base: shards.ShardDataset) -> FrozenJob | None:
+    """Freeze what is to be taken, in shards, and what no longer counts."""
     images = annotations.images if annotations else {}
-    with (HashBuckets(shard_plan.LISTED) as listed, HashBuckets(shard_plan.LIVE) as live,
-          HashBuckets(shard_plan.LISTED) as fresh):
-        listing = Listing(str(config.images), include=config.include, limit=config.limit, annotated=images,
-                          annotated_only=config.annotated_only)
-        shard_plan.spread(listing.tables(), listed, seed=config.seed)
-        shard_plan.spread(versions.rows_to_compare(base, _changed_annotations(annotations, base)), live,
-                          seed=config.seed)
-        dropped = [shard_plan.DROPPED.empty_table()]
-        for take, drop in shard_plan.compare(listed, live, left_out=versions.left_out(base), source=str(config.images),
-                                             look_again=versions.look_again_at(locator(str(config.images)))):
-            fresh.add(take.drop_columns("hash"), take["hash"].to_numpy())
-            dropped.append(drop)
-        gone = pa.concat_tables(dropped)
+    listing = Listing(str(config.images), include=config.include, limit=config.limit, annotated=images,
+                      annotated_only=config.annotated_only)
+    with HashBuckets(shard_plan.LISTED) as fresh:
+        gone = _compare(config, listing, annotations, base, into=fresh)
         num_taken = int(fresh.rows.sum())
         logger.info("%d objects listed under %s, %d to take", listing.count, config.images, num_taken)
         if not num_taken and not len(gone):
             return None
-        changed = len(gone.filter(pc.equal(gone["why"], shard_plan.CHANGED)))
-        _name_removed(gone)
-        changes = {"new": num_taken - changed, "changed": changed, "removed": len(gone) - changed}
-        bounds = shard_plan.Bounds(config.images_per_shard, config.bytes_per_shard)
+        if base.version:
+            storage.prove_put_if_absent(config.output)
+        num_removed = _name_removed(gone)
+        changed = len(gone) - num_removed
+        intent = _intent(config, annotations, base.version + 1)
         job = freeze_job(
-            config.output, shard_plan.assign_shards(fresh, bounds), input=_input(config),
-            intent=_intent(config, annotations, base.version + 1), name=versions.job_name(base.version + 1),
+            config.output, shard_plan.assign_shards(fresh, Bounds(config.images_per_shard, config.bytes_per_shard)),
+            input=_input(config), intent=intent, name=versions.job_name(base.version + 1),
             dropped=gone if base.version else None, accept_winner=not base.version,
-            about={"changes": changes, "listed": listing.count,
-                   "annotated_not_listed": len(images) - listing.num_annotated},
+            about={"changes": {"new": num_taken - changed, "changed": changed, "removed": num_removed},
+                   "listed": listing.count, "annotated_not_listed": len(images) - listing.num_annotated},
             units_per_file=max(1, min(UNITS_PER_PLAN_FILE, PICTURES_PER_PLAN_FILE // config.images_per_shard)))
-    refuse_other_intent(job, config.output, input=_input(config),
-                        intent=_intent(config, annotations, base.version + 1))
+    refuse_other_intent(job, config.output, input=_input(config), intent=intent)
     return job
 
 
-def _name_removed(gone: pa.Table) -> None:
+def _compare(config: ShardConfig, listing: Listing, annotations: AnnotationFile | None, base: shards.ShardDataset, *,
+             into: HashBuckets) -> pa.Table:
+    """Put what is to be taken into `into`; the rows of `base` (shard_plan.DROPPED) that no longer count."""
+    with HashBuckets(shard_plan.LISTED) as listed, HashBuckets(shard_plan.LIVE) as live:
+        shard_plan.spread(listing.tables(), listed, seed=config.seed)
+        known = versions.rows_to_compare(base, _changed_annotations(annotations, base))
+        shard_plan.spread(known, live, seed=config.seed)
+        dropped = [shard_plan.DROPPED.empty_table()]
+        for take, drop in shard_plan.compare(listed, live, left_out=versions.left_out(base), source=str(config.images),
+                                             look_again=versions.look_again_at(locator(str(config.images)))):
+            into.add(take.drop_columns(HASH), take[HASH].to_numpy())
+            dropped.append(drop)
+    return pa.concat_tables(dropped)
+
+
+def _name_removed(gone: pa.Table) -> int:
+    """Say which pictures are no longer listed; how many there are."""
     removed = gone.filter(pc.equal(gone["why"], shard_plan.REMOVED))["key"]
     if len(removed):
         names = ", ".join(removed.slice(0, 5).to_pylist())
-        logger.info("%d pictures are no longer listed, and dropped: %s%s", len(removed), names,
-                    ", ..." if len(removed) > 5 else "")
+        logger.info("%d no longer listed, and dropped: %s%s", len(removed), names, ", ..." if len(removed) > 5 else "")
+    return len(removed)
 
 
 def _changed_annotations(annotations: AnnotationFile | None,
@@ -225,11 +236,10 @@ def _changed_annotations(annotations: AnnotationFile | None,
 
 def _freeze_drop(config: ShardConfig, base: shards.ShardDataset) -> FrozenJob | None:
     """A version without some keys: their rows no longer count, and they stay out of all later versions."""
-    if not base.version:
-        raise DataError(f"{config.output} holds no shard dataset to drop anything from.")
     rows = versions.find_rows(base, _keys_to_drop(str(config.drop)), source=str(config.drop))
     if not len(rows):
         return None
+    storage.prove_put_if_absent(config.output)
     before = versions.open_version_job(config.output, base.version)
     intent = {**before.intent, VERSION_KEY: base.version + 1}
     return freeze_job(config.output, [], input=before.input, intent=intent, dropped=rows,
@@ -248,7 +258,7 @@ def _keys_to_drop(uri: str) -> list[str]:
     return [key for key in keys if key]
 
 
-# --- writing ---------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
 def _write_missing_parts(config: ShardConfig, job: FrozenJob, annotations: AnnotationFile | None,

@@ -31,6 +31,8 @@ def start_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     # threads that spin while they wait starve each other where processes share cores: 5 times slower training
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     try:
         _connect()
     except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError) as error:
