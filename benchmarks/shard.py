@@ -205,9 +205,10 @@ def copy_shard(bucket: str, keys: Sequence[str], name: str) -> None:
     client.put_object(Bucket=OUT, Key=name, Body=data)
 
 
-def run_bare(processes: ProcessPoolExecutor, port: int, source: Source) -> None:
+def run_bare(processes: ProcessPoolExecutor, num_processes: int, port: int, source: Source) -> None:
     """Only requests."""
-    shares = [source.keys[i::processes._max_workers * THREADS] for i in range(processes._max_workers * THREADS)]
+    connections = num_processes * THREADS
+    shares = [source.keys[i::connections] for i in range(connections)]
     groups = list(batches(shares, THREADS))
     list(processes.map(request_all, itertools.repeat(port), itertools.repeat(source.bucket), groups))
 
@@ -257,9 +258,10 @@ def get(client: Any, bucket: str, key: str) -> bytes:
 
 def measure(server: RunningServer, sources: Sequence[Source]) -> list[Measurement]:
     """All contenders in turn, on each source at each latency, several times."""
-    with ProcessPoolExecutor(2 * num_cpus(), multiprocessing.get_context("spawn")) as processes:
+    at_once = 2 * num_cpus()  # as many as jobs.shard has tasks
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as processes:
         contenders: dict[str, Callable[[Source, str], None]] = {
-            "bare": lambda source, _: run_bare(processes, server.port, source),
+            "bare": lambda source, _: run_bare(processes, at_once, server.port, source),
             "limit": lambda source, prefix: run_limit(processes, source, prefix),
             "job": run_job,
             "16 threads": lambda source, prefix: run_loop(source, prefix, threads=16),
@@ -346,16 +348,17 @@ def print_table(measured: Sequence[Measurement]) -> None:
 
 
 def print_stages(measured: Sequence[Measurement]) -> None:
-    """What the job's seconds went to: medians."""
+    """What the job's seconds went to, and the speed of writing alone beside the limit's: medians."""
     stages = [stage for _, stage in StageClock.ENDS]
-    print(f"\n| the job, s | latency | {' | '.join(stages)} |\n|---|---|{'---|' * len(stages)}")
-    runs: dict[tuple[str, float], list[Measurement]] = {}
-    for one in measured:
-        if one.stages_s:
-            runs.setdefault((one.source, one.latency_s), []).append(one)
-    for (source, latency_s), some in runs.items():
-        seconds = [f"{median(some, lambda one, stage=stage: one.stages_s[stage]):.2f}" for stage in stages]
-        print(f"| {source} | {1000 * latency_s:.0f} ms | {' | '.join(seconds)} |")
+    print(f"\n| the job, s | latency | {' | '.join(stages)} | write, of the limit |")
+    print("|---|---|" + "---|" * (len(stages) + 1))
+    for source, latency_s in dict.fromkeys((one.source, one.latency_s) for one in measured):
+        here = [one for one in measured if (one.source, one.latency_s) == (source, latency_s)]
+        jobs = [one for one in here if one.contender == "job"]
+        limits = [one.wall_s for one in here if one.contender == "limit"]
+        seconds = [f"{statistics.median(one.stages_s[stage] for one in jobs):.2f}" for stage in stages]
+        share = statistics.median(limit / one.stages_s["write"] for limit, one in zip(limits, jobs, strict=True))
+        print(f"| {source} | {1000 * latency_s:.0f} ms | {' | '.join(seconds)} | {share:.2f} |")
 
 
 def rate(one: Measurement) -> float:

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -143,7 +143,7 @@ def stream(folder: str, sha256: str) -> tuple[float, float]:
     return time.perf_counter() - began, pa.default_memory_pool().max_memory() / 1e6
 
 
-def print_table(table: pa.Table, measured: dict[Form, Sequence[tuple[float, ...]]]) -> None:
+def print_table(table: pa.Table, measured: Mapping[Form, Sequence[tuple[float, ...]]]) -> None:
     """Medians."""
     print(f"{len(table)} pictures, {sum(table['size'].to_pylist()) / 1e6:.1f} MB\n")
     print("| `bytes` | row group | page | checked each | file MB | write s | some columns: ms | ranges | kB | all: s "

@@ -189,7 +189,8 @@ def _write(store: _Store, path: str, fields: dict[str, str], body: bytes) -> Ans
 
 def _without_chunks(body: bytes) -> bytes:
     """The data of an aws-chunked body: chunks of `size[;signature]CRLF data CRLF`, an empty one, trailers."""
-    chunks, at = [], 0
+    chunks: list[bytes] = []
+    at = 0
     while True:
         end = body.index(b"\r\n", at)
         size = int(body[at:end].split(b";")[0], 16)
