@@ -58,8 +58,10 @@ def credential_service(environment: dict[str, str]) -> Iterator[CredentialServic
 
 
 def test_what_was_put_is_read_back(place: str) -> None:
-    assert put_if_absent(join(place, "a", "b.bin"), b"\x00bytes")
-    assert read_object(join(place, "a", "b.bin")) == b"\x00bytes"
+    data = bytes(range(256))  # of which half is no UTF-8
+    assert put_if_absent(join(place, "a", "b.bin"), data)
+    assert read_object(join(place, "a", "b.bin")) == data
+    assert storage.read_range(join(place, "a", "b.bin"), 200, 10) == data[200:210]
 
 
 def test_a_second_put_is_refused_and_the_first_object_stays(place: str) -> None:
