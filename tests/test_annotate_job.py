@@ -239,6 +239,7 @@ def kill_when_half_done(asked: AnnotateConfig, s3: S3Server) -> set[int]:
     return committed_units(asked.output, "keypoints", job)
 
 
+@pytest.mark.slow
 def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotated(
         world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = write_pictures(tmp_path / "in", count=5) / "images"

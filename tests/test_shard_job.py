@@ -109,7 +109,7 @@ def test_an_output_that_is_elsewhere_is_left_alone(tmp_path: Path) -> None:
     assert [found.etag for found in storage.list_objects(str(folder))] == before
 
 
-@pytest.mark.parametrize("deed", ["abort", "loop"])
+@pytest.mark.parametrize("deed", ["abort", pytest.param("loop", marks=pytest.mark.slow)])
 def test_a_picture_that_kills_or_hangs_its_decoder_costs_its_own_row_alone(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deed: str) -> None:
     folder = write_pictures(tmp_path / "in", count=4)

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_first_run_that_ends_anywhere_is_continued(tmp_path: Path) -> None:
     assert_every_end_is_survived(tmp_path, grown=False)
 
@@ -22,6 +23,7 @@ def test_growth_that_ends_anywhere_is_continued(tmp_path: Path) -> None:
     assert_every_end_is_survived(tmp_path, grown=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["overwrites", "lists again", "seals early"])
 def test_the_harness_finds_planted_bugs(tmp_path: Path, bug: str) -> None:
     assert not all(point["whole"] for point in end_everywhere(tmp_path, grown=True, bug=bug))
