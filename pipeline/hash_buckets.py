@@ -7,8 +7,7 @@ the order of their hashes. It knows nothing of pictures or shards.
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +119,3 @@ class HashBuckets:
 
 def _buckets(hashes: Hashes) -> npt.NDArray[np.int64]:
     return (hashes >> np.uint64(56)).astype(np.int64)
-
-
-def batches(rows: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The rows in lists of at most `size`."""
-    remaining = iter(rows)
-    while some := list(islice(remaining, size)):
-        yield some

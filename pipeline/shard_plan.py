@@ -6,6 +6,7 @@ It works on tables of names, sizes and ETags, bucket by bucket of their hashes; 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import DataError
-from pipeline.hash_buckets import HASH, NUM_BUCKETS, HashBuckets, Hashes, batches, name_hashes
+from pipeline.hash_buckets import HASH, NUM_BUCKETS, HashBuckets, Hashes, name_hashes
 from pipeline.storage import StoredObject
 
 ROWS_AT_ONCE = 10_000
@@ -38,7 +39,8 @@ class Bounds:
 
 def listed_tables(objects: Iterable[StoredObject]) -> Iterator[pa.Table]:
     """A listing as tables (LISTED). A name that isn't UTF-8, which a disk can have, is refused (DataError)."""
-    for some in batches(objects, ROWS_AT_ONCE):
+    remaining = iter(objects)
+    while some := list(islice(remaining, ROWS_AT_ONCE)):
         try:
             yield pa.table([[found.name for found in some], [found.etag for found in some],
                             [found.size for found in some]], schema=LISTED)

@@ -1,4 +1,4 @@
-"""Shard datasets: which picture goes to which shard, one shard's Parquet file, the dataset's versions, reading back.
+"""Shard datasets: one picture's row, one shard's Parquet file, what names a version's parts, reading them back.
 
 It knows the form of the dataset, and neither how many write it at once nor what is trained on it.
 """
