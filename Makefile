@@ -19,7 +19,7 @@ test-all: lint
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/mypy pipeline
+	$(BIN)/mypy pipeline jobs benchmarks
 
 setup: .venv/ready
 

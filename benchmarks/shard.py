@@ -44,7 +44,6 @@ from benchmarks.static_s3 import RunningServer, static_s3
 from jobs import shard
 from jobs.start_ray import num_cpus, start_ray
 from pipeline.config import ShardConfig, TrackingConfig
-from pipeline.hash_buckets import batches
 
 SIZES = {"20 kB": (20, 20), "200 kB": (200, 200), "20 to 200 kB": (20, 200)}  # of a picture, kB
 LATENCIES_S = (0.0, 0.05)
@@ -192,7 +191,7 @@ def run_loop(source: Source, prefix: str, *, threads: int) -> None:
 
 def run_limit(processes: ProcessPoolExecutor, source: Source, prefix: str) -> None:
     """As many bytes in and out, and nothing else, in processes that are running."""
-    shards = list(batches(source.keys, PICTURES_PER_SHARD))
+    shards = [source.keys[i:i + PICTURES_PER_SHARD] for i in range(0, len(source.keys), PICTURES_PER_SHARD)]
     names = [f"{prefix}/{i}" for i in range(len(shards))]
     list(processes.map(copy_shard, itertools.repeat(source.bucket), shards, names))
 
@@ -209,7 +208,7 @@ def run_bare(processes: ProcessPoolExecutor, num_processes: int, port: int, sour
     """Only requests."""
     connections = num_processes * THREADS
     shares = [source.keys[i::connections] for i in range(connections)]
-    groups = list(batches(shares, THREADS))
+    groups = [shares[i:i + THREADS] for i in range(0, connections, THREADS)]
     list(processes.map(request_all, itertools.repeat(port), itertools.repeat(source.bucket), groups))
 
 

@@ -110,7 +110,7 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
         if due or worker.iteration % REPORT_EVERY == 0:
             failures = [found for found in _gather(worker, training.divergence(progress.reports)) if found]
             if failures:
-                return failures[0]
+                return str(failures[0])
             progress.log_metrics()
         if due:
             evaluation = _validate(worker, run)
