@@ -51,6 +51,8 @@ JOBS = {
         "model": "model directory, runs:/... or models:/name@alias",
         "output": "where the keypoint dataset goes; the same command again continues there",
         "boxes": "annotated, whole-image, or a COCO detections JSON",
+        "reuse": "an earlier output: what would come out the same is copied from it, not computed",
+        "exclude": "a file with keys to leave out, one on each line",
         "limit": "only the first N pictures: a trial"}),
     "verify": Job("verify", settings.VerifyConfig, "whether a shard dataset is whole and right; names what isn't", {
         "data": "shard dataset to check"}),

@@ -4,57 +4,51 @@ One unit becomes one object, put if absent: that it exists is the commit. So the
 missing, whatever ended the run before.
 """
 
-import json
 import logging
-import os
+import random
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.annotate_pool import UnitTask, annotate_units
+from jobs.progress import Progress, refuse_too_many_rejected
 from jobs.record import record_run
 from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
-from pipeline import keypoints, storage
+from pipeline import drivers, keypoints, storage
+from pipeline.annotation_seal import count_parts, seal, sealed_counts
 from pipeline.config import AnnotateConfig, locations
-from pipeline.errors import DataError
-from pipeline.model_reference import FoundModel, download_model, find_model, put_model
+from pipeline.inventory import read_keys
+from pipeline.model_reference import FoundModel, find_model, put_model
+from pipeline.reuse import earlier_parts, open_earlier
 from pipeline.rows import ROW_VERSION
-from pipeline.units import (
-    FrozenJob,
-    committed_units,
-    freeze_job,
-    open_job,
-    part_footers,
-    read_unit,
-    refuse_other_intent,
-    total_counts,
-)
+from pipeline.unit_annotator import MODEL_FOLDER, Receipt
+from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_other_intent
 
 logger = logging.getLogger("jobs.annotate")
-MODEL_FOLDER = "_model"
-SUCCESS = "_SUCCESS"
-PROGRESS_EVERY_S = 5
-ACTOR_RESTARTS = 4
-DECODER = "pipeline.images"
+# Units that the service kept from being committed are begun again after these pauses, each request having been retried
+PAUSES_S = (10.0, 60.0)
+FAILURES_IN_A_ROW = 20  # without a unit in between that went well: the service is down, and asking on is no use
 
 
 def run(config: AnnotateConfig) -> dict[str, Any]:
     """Annotate the input; gives the counts, and where the dataset is."""
-    config = locations(config, "input", "output")
-    storage.refuse_overlap(config.input, config.output)
+    config = locations(config, "input", "output", "reuse", "exclude")
+    for other in filter(None, (config.input, config.reuse)):
+        storage.refuse_overlap(other, config.output)
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
             job, choice = _freeze(config, model)
-            if storage.exists(storage.join(config.output, SUCCESS)):
+            if (counts := sealed_counts(config.output)) is not None:
                 logger.info("%s is complete; nothing was done", config.output)
-                return _result(config.output, job, units_done=0)
-            done = _annotate_missing_units(config, job, choice)
-    result = _seal(config, job, units_done=done)
+                return _result(config.output, job, counts, committed=0)
+            committed = _annotate_missing_units(config, job, choice)
+    counts = _seal(config, job)
+    result = _result(config.output, job, counts, committed=committed)
     record_run(config.tracking, "annotate", counts=result["counts"], dataset=(config.output, job.digest),
                params={"input": config.input, "output": config.output, "model_ref": config.model, **job.intent})
     return result
@@ -66,15 +60,19 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
 def _freeze(config: AnnotateConfig, model: FoundModel) -> tuple[FrozenJob, inputs.BoxChoice]:
     """The run's plan and intent: those that stand at the output, or new ones, frozen there now."""
     job = open_job(config.output)
+    exclude = read_keys(config.exclude, flag="--exclude") if config.exclude else []
     # an input that has grown since is another input: an unfinished run goes on with the version it began with
-    source = job.input if job is not None and job.input["uri"] == config.input else inputs.describe_input(config.input)
+    source = inputs.describe_input(config.input, exclude, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
     choice = inputs.choose_boxes(config.boxes, source, config.output,
                                  min_score=config.min_box_score, max_persons=config.max_persons)
     intent = _intent(config, model.directory, choice, {} if job is None else job.intent)
+    if config.reuse:
+        open_earlier(config.reuse, intent)
     if job is None:
-        units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit)
+        units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit,
+                                  exclude=exclude)
         put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
         about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
         job = freeze_job(config.output, units, input=source, intent=intent, about=about)
@@ -103,172 +101,99 @@ def _intent(config: AnnotateConfig, model: Path, choice: inputs.BoxChoice, froze
 
 
 def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice) -> int:
-    """Every unit without a part, through the actor pool; how many were committed."""
-    done = committed_units(config.output, keypoints.FOLDER, job)
-    missing = sorted(set(range(job.num_units)) - done)
-    logger.info("%d of %d units are committed; annotating %d", len(done), job.num_units, len(missing))
+    """Every unit without a part, through the actor pool; how many were committed by this run.
+
+    What the service made fail is begun again after a pause; units that ended their process are done with care.
+    Refuses (OSError) to go on when units are left after that.
+    """
+    missing = _missing_units(config.output, job)
+    logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
+                len(missing))
     if not missing:
         return 0
+    missing = _in_an_order_of_our_own(config.output, missing)
     progress = Progress(len(missing), budget=config.max_rejected_share * job.plan["pictures"])
-    for receipt in _receipts(config, job, choice, missing):
-        progress.add(receipt)
-    crashed = sorted(set(missing) - progress.answered - committed_units(config.output, keypoints.FOLDER, job))
+    with drivers.Heartbeat(config.output, progress.so_far):
+        for pause_s in (*PAUSES_S, None):
+            _pass(config, job, choice, missing, progress)
+            passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
+            missing = _missing_units(config.output, job)
+            if not passing or pause_s is None:
+                break
+            logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
+                           progress.failed[passing[0]].failure, pause_s)
+            time.sleep(pause_s)
+    if missing:
+        _refuse_units_left(job, missing, progress)
+    return progress.committed
+
+
+def _missing_units(output: str, job: FrozenJob) -> list[int]:
+    return sorted(set(range(job.num_units)) - committed_units(output, keypoints.FOLDER, job))
+
+
+def _in_an_order_of_our_own(output: str, units: list[int]) -> list[int]:
+    """Ascending; shuffled, with a warning, where another driver is at work: then few units are begun by both."""
+    others = [sign for sign in drivers.signs_of_life(output) if sign.alive()]
+    if not others:
+        return units
+    logger.warning("another driver is at work here, or was %.0f s ago: %s, process %d. Rows are safe, but units that "
+                   "both begin are paid for twice; if that isn't meant, stop one of them.", others[-1].age_s(),
+                   others[-1].host, others[-1].pid)
+    return random.sample(units, len(units))
+
+
+def _pass(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, units: list[int],
+          progress: Progress) -> None:
+    """The units once through the pool, and those that ended their process once more, with care."""
+    if not _take_receipts(_receipts(config, job, choice, units), progress):
+        return
+    crashed = sorted(set(_missing_units(config.output, job)).intersection(units) - progress.failed.keys())
     if crashed:
         logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
                        "their own", len(crashed))
-        for receipt in _receipts(config, job, choice, crashed, careful=True):
-            progress.add(receipt)
-    left = len(missing) - len(committed_units(config.output, keypoints.FOLDER, job) - done)
-    if left:
-        reasons = "\n".join(f"  {failure}" for failure in progress.failures[:3])
-        raise OSError(f"{left} of {job.num_units} units are not annotated; what is committed stays. "
-                      f"Run the same command again to continue.\n{reasons}".rstrip())
-    return len(missing)
+        _take_receipts(_receipts(config, job, choice, crashed, careful=True), progress)
 
 
-def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, missing: list[int], *,
-              careful: bool = False) -> Iterator[dict[str, Any]]:
-    """Annotate the units in an actor pool; what each came to, as they end. A unit that ended its actor twice, as a
-    picture can on which the decoder crashes, has none. `careful`: decode in processes apart."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = -1  # a unit that kills its process costs itself; it stays uncommitted
-    gpu = job.intent["backend"] == "cuda"
-    actors = config.actors or (max(1, num_gpus()) if gpu else max(1, num_cpus() // job.intent["threads"]))
-    # the unit is the row: nothing that Ray merges or splits can break what belongs together
-    units = ray.data.from_items([{"unit": unit} for unit in missing], override_num_blocks=len(missing))
-    receipts = units.map_batches(
-        UnitAnnotator, batch_size=1, fn_constructor_args=(config.output, job, asdict(choice), careful, DECODER),
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(missing))),
-        # less than a whole CPU for each thread: actors that take every CPU leave none to Ray Data, which then waits
-        num_cpus=0.9 * job.intent["threads"], num_gpus=1 if gpu else 0,
-        max_restarts=ACTOR_RESTARTS, max_task_retries=1)
-    try:
-        for batch in receipts.iter_batches(batch_size=None):
-            for i in range(len(batch["unit"])):
-                yield {name: values[i] for name, values in batch.items()}
-    except ray.exceptions.RayError as error:
-        raise OSError(f"the actors that annotate {config.output} could not go on; what is committed stays, and the "
-                      f"same command continues. {error}") from error
+def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
+    """Count them all; False if the service failed so often in a row that the rest was left."""
+    for receipt in receipts:
+        progress.add(receipt)
+        if progress.failures_in_a_row >= FAILURES_IN_A_ROW:
+            return False
+    return True
 
 
-class UnitAnnotator:
-    """An actor that holds the model and turns a unit's number into the unit's committed part."""
-
-    def __init__(self, output: str, job: FrozenJob, choice: dict[str, Any], careful: bool, decoder: str) -> None:
-        import torch
-
-        from pipeline.model.directory import model_digest
-        from pipeline.prediction import Predictor
-
-        self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
-        intent = job.intent
-        if intent["backend"] == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(f"{output} was begun on GPUs, but this actor on {os.uname().nodename} has none. "
-                               "Continue it where there are GPUs, or choose a new --output.")
-        torch.use_deterministic_algorithms(intent["deterministic"])
-        with tempfile.TemporaryDirectory() as folder:
-            model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
-            if model_digest(model) != intent["model"]:
-                raise RuntimeError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
-                                   "Restore it, or choose a new --output.")
-            self.predictor = Predictor(model, device=intent["backend"], precision=intent["precision"],
-                                       flip=intent["flip"], batch_size=intent["batch_size"],
-                                       threads=intent["threads"])
-        self.boxes = inputs.box_source(inputs.BoxChoice(**choice))
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Annotate and commit one unit (`unit` int [1]); what it came to, or why the store failed."""
-        unit = int(batch["unit"][0])
-        try:
-            counts, failure = self._annotate(unit), ""
-        except (storage.StorageError, DataError) as error:
-            counts, failure = {}, f"unit {unit}: {error}"
-        return {"unit": [unit], "failure": [failure], "counts": [json.dumps(counts)]}
-
-    def _annotate(self, unit: int) -> dict[str, Any]:
-        from pipeline.annotation import annotate_pictures
-        from pipeline.images import PictureLimits
-        from pipeline.isolation import open_decoder
-        from pipeline.rows import count_rows
-
-        planned = read_unit(self.output, self.job, unit)
-        limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
-        with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
-            pictures = annotate_pictures(inputs.pictures_of_unit(self.job.input, planned, self.boxes), self.predictor,
-                                         decode=decoder.decode)
-        data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
-                                    model={**self.job.about["model"], "source": self.predictor.spec.source})
-        storage.put_if_absent(storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit)), data)
-        return count_rows(pictures)
+def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, units: list[int], *,
+              careful: bool = False) -> Iterator[Receipt]:
+    earlier: dict[int, list[str]] = {}
+    if config.reuse:
+        earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse, job.intent), config.output, job,
+                                     sorted(units)))
+    tasks = [UnitTask(unit, tuple(earlier.get(unit, ()))) for unit in units]
+    return annotate_units(config.output, job, choice, tasks, actors=config.actors, reuse=config.reuse, careful=careful)
 
 
-class Progress:
-    """Log lines with what is done and how long the rest takes; stops the run when too many pictures are refused."""
-
-    def __init__(self, units: int, *, budget: float) -> None:
-        self.units, self.budget = units, budget
-        self.done = 0
-        self.answered: set[int] = set()
-        self.failures: list[str] = []
-        self.counts: dict[str, Any] = {}
-        self.began = self.last = time.monotonic()
-
-    def add(self, receipt: dict[str, Any]) -> None:
-        """Count one unit's receipt."""
-        self.done += 1
-        self.answered.add(int(receipt["unit"]))
-        if receipt["failure"]:
-            self.failures.append(receipt["failure"])
-        self.counts = total_counts([self.counts, json.loads(receipt["counts"])])
-        refuse_too_many_rejected(self.counts, self.budget)
-        now = time.monotonic()
-        if now - self.last >= PROGRESS_EVERY_S or self.done == self.units:
-            self.last = now
-            seconds = now - self.began
-            logger.info("%d of %d units, %d pictures, %.1f persons/s, %d rejected, about %.0f s left",
-                        self.done, self.units, self.counts.get("pictures", 0),
-                        self.counts.get("persons", 0) / seconds, self.counts.get("rejected", 0),
-                        seconds / self.done * (self.units - self.done))
-
-
-def refuse_too_many_rejected(counts: dict[str, Any], budget: float) -> None:
-    """End the run (DataError) once more pictures were rejected than the budget allows, with the commonest reasons."""
-    if counts.get("rejected", 0) > budget:
-        reasons = sorted(counts["reasons"].items(), key=lambda item: -item[1])[:3]
-        raise DataError(f"{counts['rejected']} pictures were rejected, more than the {budget:g} that "
-                        f"max_rejected_share allows; commonest: {', '.join(f'{name} {n}' for name, n in reasons)}. "
-                        "What is committed stays; mend the input, or allow more by --set max_rejected_share=1.")
+def _refuse_units_left(job: FrozenJob, missing: list[int], progress: Progress) -> None:
+    reasons = sorted({progress.failed[unit].failure for unit in missing if unit in progress.failed})
+    raise OSError(f"{len(missing)} of {job.num_units} units are not annotated; what is committed stays. "
+                  "Run the same command again to continue.\n" + "\n".join(f"  {one}" for one in reasons[:3]).rstrip())
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------
 
 
-def _seal(config: AnnotateConfig, job: FrozenJob, *, units_done: int) -> dict[str, Any]:
-    """Put `_SUCCESS`, when the parts' own counts say that every planned picture has its row."""
-    counts = _counts_of_parts(config.output, job)
+def _seal(config: AnnotateConfig, job: FrozenJob) -> dict[str, Any]:
+    """Put `_SUCCESS`, when the parts' own counts say that every planned picture has its row; the counts."""
+    counts, parts = count_parts(config.output, job)
     refuse_too_many_rejected(counts, config.max_rejected_share * job.plan["pictures"])
-    accounted = counts["ok"] + counts["no_person"] + counts["rejected"]
-    if not accounted == counts["pictures"] == job.plan["pictures"]:
-        raise DataError(f"{config.output}: {job.plan['pictures']} pictures were planned, but the parts account for "
-                        f"{accounted}; _SUCCESS is not written.")
-    success = {"job": job.digest, "units": job.num_units, "counts": counts}
-    storage.put_if_absent(storage.join(config.output, SUCCESS), json.dumps(success, indent=1).encode())
-    return _result(config.output, job, units_done=units_done)
+    seal(config.output, job, counts, parts)
+    return counts
 
 
-def _counts_of_parts(output: str, job: FrozenJob) -> dict[str, Any]:
-    names = map(job.part_name, range(job.num_units))
-    return total_counts(keypoints.pose_metadata(footer)["counts"]
-                        for footer in part_footers(output, keypoints.FOLDER, names))
-
-
-def _result(output: str, job: FrozenJob, *, units_done: int) -> dict[str, Any]:
-    counts = json.loads(storage.read_object(storage.join(output, SUCCESS)))["counts"]
+def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: int) -> dict[str, Any]:
     logger.info("%s: %d planned = %d ok + %d without people + %d rejected %s; %d persons", output,
                 job.plan["pictures"], counts["ok"], counts["no_person"], counts["rejected"],
                 counts["reasons"] or "", counts["persons"])
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
-            "units_annotated": units_done, "counts": counts}
+            "units_annotated": committed, "counts": counts}

@@ -22,6 +22,7 @@ from pipeline.config import ShardConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.hash_buckets import HASH, HashBuckets
 from pipeline.images import PictureLimits
+from pipeline.inventory import read_keys
 from pipeline.rows import ROW_VERSION
 from pipeline.shard_listing import Listing, locator
 from pipeline.shard_plan import Bounds
@@ -236,7 +237,7 @@ def _changed_annotations(annotations: AnnotationFile | None,
 
 def _freeze_drop(config: ShardConfig, base: shards.ShardDataset) -> FrozenJob | None:
     """A version without some keys: their rows no longer count, and they stay out of all later versions."""
-    rows = versions.find_rows(base, _keys_to_drop(str(config.drop)), source=str(config.drop))
+    rows = versions.find_rows(base, read_keys(str(config.drop), flag="--drop"), source=str(config.drop))
     if not len(rows):
         return None
     storage.prove_put_if_absent(config.output)
@@ -245,17 +246,6 @@ def _freeze_drop(config: ShardConfig, base: shards.ShardDataset) -> FrozenJob | 
     return freeze_job(config.output, [], input=before.input, intent=intent, dropped=rows,
                       accept_winner=False, name=versions.job_name(base.version + 1),
                       about={"changes": {"dropped on request": len(rows)}})
-
-
-def _keys_to_drop(uri: str) -> list[str]:
-    """One key on each line."""
-    try:
-        keys = storage.read_object(uri).decode().splitlines()
-    except storage.ObjectMissing:
-        raise ConfigError(f"--drop {uri}: there is no such file. Expected keys, one on each line.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--drop {uri}: not UTF-8 text. Expected keys, one on each line.") from None
-    return [key for key in keys if key]
 
 
 # --- writing ------------------------------------------------------------------------------------------------------

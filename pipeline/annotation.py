@@ -4,6 +4,7 @@ Only what is about the picture or its boxes becomes a refusal. Trouble with the 
 not committed, and a later run does it.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.images import PictureRefused, Pixels, decode_picture
+from pipeline.ahead import map_ahead
+from pipeline.images import REASONS, PictureRefused, Pixels, decode_picture
 from pipeline.prediction import CroppedPersons, Predictor
 from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes
 
@@ -26,11 +28,13 @@ class PictureToAnnotate:
     picture  the row's values so far: key, image_id, etag, sha256, width, height (None: not known yet)
     read     gives its bytes; may refuse with what is about the object
     boxes    its persons, given (width, height)
+    earlier  what an earlier run of the same intent made of the picture of this key; copied, if it is still the same
     """
 
     picture: dict[str, Any]
     read: Callable[[], bytes]
     boxes: Callable[[int, int], Boxes]
+    earlier: AnnotatedPicture | None = None
 
 
 def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predictor, *,
@@ -38,6 +42,8 @@ def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predicto
     """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once.
 
     decode  bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+
+    What an earlier run made of the same bytes with the same boxes is copied; with the same ETag it isn't even read.
     """
     opened: list[tuple[AnnotatedPicture, CroppedPersons | None]] = []
 
@@ -84,26 +90,82 @@ def strongest_boxes(boxes: Boxes, *, min_score: float, max_persons: int | None) 
     return Boxes(boxes.ids[order], boxes.xywh[order], boxes.scores[order])
 
 
-def _open(task: PictureToAnnotate, predictor: Predictor,
-          decode: Callable[[bytes], Pixels]) -> tuple[AnnotatedPicture, CroppedPersons | None]:
+def read_ahead(pictures: Iterable[PictureToAnnotate], *, threads: int) -> Iterator[PictureToAnnotate]:
+    """The same pictures, whose bytes are read by threads, some ahead of who asks for them."""
+    return map_ahead(_read_now, pictures, threads=threads)
+
+
+def _read_now(task: PictureToAnnotate) -> PictureToAnnotate:
+    if _unchanged(task) is not None:
+        return task
     try:
         data = task.read()
-        picture = task.picture | {"sha256": hashlib.sha256(data).hexdigest()}
+    except (PictureRefused, storage.StorageError) as error:
+        return replace(task, read=functools.partial(_raise, error))
+    return replace(task, read=lambda: data)
+
+
+def _raise(error: Exception) -> bytes:
+    raise error
+
+
+def _open(task: PictureToAnnotate, predictor: Predictor,
+          decode: Callable[[bytes], Pixels]) -> tuple[AnnotatedPicture, CroppedPersons | None]:
+    if (kept := _unchanged(task)) is not None:
+        return kept, None
+    picture = task.picture
+    try:
+        data = task.read()
+        picture = picture | {"sha256": hashlib.sha256(data).hexdigest()}
+        if (kept := _unchanged(replace(task, picture=picture))) is not None:
+            return kept, None
         image_bgr = decode(data)
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
-        return AnnotatedPicture(task.picture, REJECTED, storage.reason_of(error), str(error)), None
+        return AnnotatedPicture(picture, REJECTED, storage.reason_of(error), str(error)), None
     height, width = image_bgr.shape[:2]
-    picture |= {"width": width, "height": height}
-    given = task.boxes(width, height)
+    opened = _judge_boxes(picture | {"width": width, "height": height}, task.boxes(width, height))
+    return opened, predictor.crop_persons(image_bgr, opened.boxes.xywh) if opened.status == OK else None
+
+
+def _judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
+    """A picture that could be decoded, before its joints are known; `picture` has its upright width and height."""
+    width, height = picture["width"], picture["height"]
     boxes = usable_boxes(given, width, height)
     refused = len(given.ids) - len(boxes.ids)
-    if refused and not len(boxes.ids):
-        found = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
-        return AnnotatedPicture(picture, REJECTED, "bad_boxes", found, boxes_refused=refused), None
-    if not len(boxes.ids):
-        return AnnotatedPicture(picture, NO_PERSON), None
-    persons = predictor.crop_persons(image_bgr, boxes.xywh)
-    return AnnotatedPicture(picture, OK, boxes=boxes, boxes_refused=refused), persons
+    if len(boxes.ids):
+        return AnnotatedPicture(picture, OK, boxes=boxes, boxes_refused=refused)
+    if not refused:
+        return AnnotatedPicture(picture, NO_PERSON)
+    found = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
+    return AnnotatedPicture(picture, REJECTED, "bad_boxes", found, boxes_refused=refused)
+
+
+def _unchanged(task: PictureToAnnotate) -> AnnotatedPicture | None:
+    """What the earlier run made of this picture, if it would be made of it again, as far as can be told by now."""
+    earlier = task.earlier
+    if earlier is None or not _same_bytes(task.picture, earlier.picture) or _may_change(earlier.reason):
+        return None
+    picture = task.picture | {"sha256": earlier.picture["sha256"]}
+    if earlier.picture["width"] is None or earlier.picture["height"] is None:  # nobody has seen its boxes
+        return replace(earlier, picture=picture, reused=True) if earlier.status == REJECTED else None
+    now = _judge_boxes(picture | {name: earlier.picture[name] for name in ("width", "height")},
+                       task.boxes(earlier.picture["width"], earlier.picture["height"]))
+    if (now.status, now.reason) != (earlier.status, earlier.reason) or not _same_boxes(now.boxes, earlier.boxes):
+        return None
+    return replace(now, joints_xy=earlier.joints_xy, joint_scores=earlier.joint_scores, reused=True)
+
+
+def _same_bytes(picture: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    return any(picture[name] is not None and picture[name] == earlier[name] for name in ("etag", "sha256"))
+
+
+def _may_change(reason: str | None) -> bool:
+    return reason is not None and REASONS.get(reason, ("", True))[1]
+
+
+def _same_boxes(boxes: Boxes, others: Boxes) -> bool:
+    return all(np.array_equal(mine, other) for mine, other in
+               ((boxes.ids, others.ids), (boxes.xywh, others.xywh), (boxes.scores, others.scores)))
 
 
 def _with_joints(opened: Sequence[tuple[AnnotatedPicture, CroppedPersons | None]], joints: Array, scores: Array,

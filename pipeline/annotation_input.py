@@ -5,23 +5,33 @@ Each kind of input gives two things: the units of the plan, and the pictures of 
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import shards, storage
-from pipeline.annotation import PictureToAnnotate, annotated_boxes, strongest_boxes, whole_image_box
+from pipeline.annotation import (
+    PictureToAnnotate,
+    annotated_boxes,
+    read_ahead,
+    strongest_boxes,
+    whole_image_box,
+)
 from pipeline.coco import parse_detections
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureRefused
 from pipeline.inventory import LIST_SCHEMA, is_list, read_list
-from pipeline.rows import Boxes
+from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture, Boxes
 from pipeline.shard_plan import listed_tables, refuse_repeated
 
+READERS = 16  # objects read at once for a unit
+NEIGHBOURS = 3  # objects that are tried before a refusal is taken to be about one object
 SHARDS, PREFIX, LIST = "shards", "prefix", "list"
 ANNOTATED, WHOLE_IMAGE, DETECTIONS = "annotated", "whole-image", "detections"
 BOX_SCHEMA = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
@@ -46,22 +56,35 @@ class BoxChoice:
 # --- the input ----------------------------------------------------------------------------------------------------
 
 
-def describe_input(uri: str) -> dict[str, Any]:
-    """The kind of input at this URI, with its version where it has versions."""
+def describe_input(uri: str, exclude: Sequence[str] = (), *, frozen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The kind of input at this URI, with its version where it has versions, and the digest of the keys left out.
+
+    frozen  the input that a run was begun with: if it is at the same place, its version counts
+    """
+    left_out = {"exclude": _keys_digest(exclude)} if exclude else {}
     uri = storage.normalise(uri)
+    if frozen is not None and frozen["uri"] == uri:
+        return {name: value for name, value in frozen.items() if name != "exclude"} | left_out
     if is_list(uri):
-        return {"kind": LIST, "uri": uri}
+        return {"kind": LIST, "uri": uri, **left_out}
     version = shards.newest_version(uri)
-    return {"kind": SHARDS, "uri": uri, "version": version} if version else {"kind": PREFIX, "uri": uri}
+    kind = {"kind": SHARDS, "uri": uri, "version": version} if version else {"kind": PREFIX, "uri": uri}
+    return kind | left_out
 
 
-def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None) -> Iterator[pa.Table]:
-    """The units of an input, each a table of planned pictures (columns of PLAN_SCHEMA)."""
+def _keys_digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(set(keys))).encode()).hexdigest()
+
+
+def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None,
+               exclude: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """The units of an input, each a table of planned pictures (columns of PLAN_SCHEMA); `exclude`: keys left out."""
+    out = pa.array(exclude, pa.string())
     if source["kind"] == SHARDS:
-        units = _shard_units(shards.open_shards(source["uri"], source["version"]))
+        units = _without(out, _shard_units(shards.open_shards(source["uri"], source["version"])))
     else:
         listed = _listed(source["uri"]) if source["kind"] == LIST else _under_prefix(source["uri"])
-        units = _units_of(listed, pictures_per_unit)
+        units = _units_of(_without(out, listed), pictures_per_unit)
     found = False
     for unit in _limited(units, limit):
         found = True
@@ -70,17 +93,17 @@ def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | N
         raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address.")
 
 
-def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]],
-                     boxes: "BoxSource") -> Iterator[PictureToAnnotate]:
-    """The pictures of one planned unit, in the plan's order."""
+def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: "BoxSource",
+                     earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> Iterator[PictureToAnnotate]:
+    """The pictures of one planned unit, in the plan's order; `earlier`: what an earlier run made of some, by key."""
     if source["kind"] == SHARDS:
-        dataset = _open_shards_once(source["uri"], source["version"])
-        part = next(part for part in dataset.parts if part.name == planned[0]["part"])
-        wanted = {one["key"] for one in planned}  # in the part's order, which is the plan's
-        yield from (_sharded_picture(row, boxes) for row in shards.iterate_part(dataset, part) if row["key"] in wanted)
-    else:
-        root = source["uri"] if source["kind"] == PREFIX else None
-        yield from (_plain_picture(root, one, boxes) for one in planned)
+        yield from _sharded_pictures(source, planned, boxes, earlier)
+        return
+    root = source["uri"] if source["kind"] == PREFIX else None
+    uris = [one["key"] if root is None else storage.join(root, one["key"]) for one in planned]
+    pictures = (_plain_picture(uri, one, boxes, earlier, neighbours=uris[:NEIGHBOURS])
+                for uri, one in zip(uris, planned, strict=True))
+    yield from read_ahead(pictures, threads=READERS) if storage.is_remote(uris[0]) else pictures
 
 
 def _shard_units(dataset: shards.ShardDataset) -> Iterator[pa.Table]:
@@ -98,6 +121,13 @@ def _listed(uri: str) -> Iterator[pa.Table]:
     table = pa.concat_tables([LIST_SCHEMA.empty_table(), *read_list(uri)]).sort_by("uri")
     refuse_repeated(table["uri"], uri)
     yield table.rename_columns({"uri": "key"})
+
+
+def _without(keys: pa.Array, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    for table in tables:
+        left = table.filter(pc.invert(pc.is_in(table["key"], keys))) if len(keys) else table
+        if len(left):
+            yield left
 
 
 def _units_of(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -127,22 +157,49 @@ def _open_shards_once(uri: str, version: int) -> shards.ShardDataset:
     return shards.open_shards(uri, version)
 
 
-def _sharded_picture(row: dict[str, Any], boxes: "BoxSource") -> PictureToAnnotate:
-    def read() -> bytes:
-        if row["bytes"] is None:  # refused when it was sharded: the refusal is carried on
-            raise PictureRefused(row["reason"], row["error"])
-        return bytes(row["bytes"])
+def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: "BoxSource",
+                      earlier: Mapping[str, AnnotatedPicture]) -> Iterator[PictureToAnnotate]:
+    """In the part's order, which is the plan's. Where rows may be copied, pictures' bytes are read only if needed."""
+    dataset = _open_shards_once(source["uri"], source["version"])
+    part = next(part for part in dataset.parts if part.name == planned[0]["part"])
+    wanted = {one["key"] for one in planned}
+    if not earlier:
+        yield from (_sharded_picture(row, boxes, functools.partial(_bytes_of, row))
+                    for row in shards.iterate_part(dataset, part) if row["key"] in wanted)
+        return
+    stored = shards.iterate_part(dataset, part, ["key", "bytes", "reason", "error"])
+    light = shards.read_part_columns(dataset, part, [name for name in SHARD_SCHEMA.names if name != "bytes"])
+    for row in light.to_pylist():
+        if row["key"] in wanted:
+            # asked for in this order, if at all: the stream goes forward to the picture
+            yield _sharded_picture(row, boxes, functools.partial(_next_bytes, stored, row["key"]), earlier)
 
+
+def _sharded_picture(row: dict[str, Any], boxes: "BoxSource", read: Callable[[], bytes],
+                     earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> PictureToAnnotate:
     names = ("key", "image_id", "etag", "sha256", "width", "height")
-    return PictureToAnnotate({name: row[name] for name in names}, read, functools.partial(boxes, row))
+    found = earlier.get(row["key"])
+    # why a picture was refused when it was sharded can be mended without another byte in it
+    kept = found if found is not None and found.status != REJECTED else None
+    return PictureToAnnotate({name: row[name] for name in names}, read, functools.partial(boxes, row), kept)
 
 
-def _plain_picture(root: str | None, planned: dict[str, Any], boxes: "BoxSource") -> PictureToAnnotate:
-    uri = planned["key"] if root is None else storage.join(root, planned["key"])
+def _next_bytes(stored: Iterator[dict[str, Any]], key: str) -> bytes:
+    return _bytes_of(next(row for row in stored if row["key"] == key))
+
+
+def _bytes_of(row: dict[str, Any]) -> bytes:
+    if row["bytes"] is None:  # refused when it was sharded: the refusal is carried on
+        raise PictureRefused(row["reason"], row["error"])
+    return bytes(row["bytes"])
+
+
+def _plain_picture(uri: str, planned: dict[str, Any], boxes: "BoxSource", earlier: Mapping[str, AnnotatedPicture], *,
+                   neighbours: Sequence[str]) -> PictureToAnnotate:
     picture = {"key": planned["key"], "image_id": None, "etag": planned["etag"], "sha256": None,
                "width": None, "height": None}
-    return PictureToAnnotate(picture, functools.partial(storage.read_object, uri, etag=planned["etag"]),
-                             functools.partial(boxes, picture))
+    read = functools.partial(storage.read_object, uri, etag=planned["etag"], neighbours=neighbours)
+    return PictureToAnnotate(picture, read, functools.partial(boxes, picture), earlier.get(planned["key"]))
 
 
 # --- the boxes ----------------------------------------------------------------------------------------------------

@@ -140,6 +140,8 @@ class AnnotateConfig(Settings):
     model: str
     output: str
     boxes: str | None = None
+    reuse: str | None = None
+    exclude: str | None = None
     min_box_score: float = Field(0.0, ge=0, le=1)
     max_persons: int | None = Field(None, ge=1)
     limit: int | None = Field(None, ge=1)

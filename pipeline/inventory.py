@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 ENDINGS = (".parquet", ".csv", ".csv.gz", "/manifest.json")
 LIST_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
@@ -40,6 +40,17 @@ def read_list(uri: str) -> Iterator[pa.Table]:
             yield from (_listed(table, uri, encoded=False) for table in _tables(uri, None))
     except pa.ArrowInvalid as error:
         raise DataError(f"{uri}: this list can't be read: {error}. Expected Parquet, or CSV with a header.") from None
+
+
+def read_keys(uri: str, *, flag: str) -> list[str]:
+    """The keys of a text file, one on each line, in their order. Refuses (ConfigError, by `flag`) one that isn't."""
+    try:
+        keys = storage.read_object(uri).decode().splitlines()
+    except storage.ObjectMissing:
+        raise ConfigError(f"{flag} {uri}: there is no such file. Expected keys, one on each line.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {uri}: not UTF-8 text. Expected keys, one on each line.") from None
+    return [key for key in keys if key]
 
 
 def _read_inventory(uri: str) -> Iterator[pa.Table]:

@@ -4,7 +4,7 @@ Coordinates are pixels of the stored picture after its EXIF orientation, x to th
 integers. What does not exist is NULL, never NaN or 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class AnnotatedPicture:
     joints_xy: np.ndarray[Any, Any] | None = None
     joint_scores: np.ndarray[Any, Any] | None = None
     boxes_refused: int = 0
+    reused: bool = False  # copied from an earlier run's output
 
 
 def keypoint_schema(skeleton: Skeleton) -> pa.Schema:
@@ -86,6 +87,32 @@ def keypoint_table(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, 
     table = pa.table([*columns, *joints, pa.array([job] * len(fixed), pa.string())], names=schema.names)
     assert schema.names[:len(names)] == names
     return table.cast(schema)
+
+
+def pictures_of_table(table: pa.Table, skeleton: Skeleton) -> Iterator[AnnotatedPicture]:
+    """The inverse of `keypoint_table`, from rows sorted as it sorts them; `boxes_refused` isn't in rows, and is 0."""
+    fixed = table.select([name for name, _ in KEYPOINT_FIXED]).to_pylist()
+    names = [f"{column}_{value}" for column in skeleton.columns() for value in ("x", "y", "score")]
+    joints = np.stack([table[name].to_numpy().astype(np.float32) for name in names], -1)
+    joints = joints.reshape(len(fixed), skeleton.num_joints, 3)
+    start = 0
+    while start < len(fixed):
+        end = start + 1
+        while end < len(fixed) and fixed[end]["key"] == fixed[start]["key"]:
+            end += 1
+        yield _picture_of_rows(fixed[start:end], joints[start:end])
+        start = end
+
+
+def _picture_of_rows(rows: Sequence[dict[str, Any]], joints: np.ndarray[Any, Any]) -> AnnotatedPicture:
+    first = rows[0]
+    picture = {name: first[name] for name in ("key", "image_id", "etag", "sha256", "width", "height")}
+    if first["status"] != OK:
+        return AnnotatedPicture(picture, first["status"], first["reason"], first["error"])
+    boxes = Boxes(np.array([row["box_id"] for row in rows], np.int64),
+                  np.array([[row[f"box_{side}"] for side in "xywh"] for row in rows], np.float64),
+                  np.array([row["box_score"] for row in rows], np.float64))
+    return AnnotatedPicture(picture, OK, boxes=boxes, joints_xy=joints[..., :2], joint_scores=joints[..., 2])
 
 
 def count_rows(pictures: Sequence[AnnotatedPicture]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ABOUT_THE_OBJECT", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing", "StorageError",
     "StoredObject", "arrow_filesystem", "describe_object", "exists", "is_remote", "join", "list_objects", "normalise",
-    "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap", "stored_sha256",
+    "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap",
+    "remove_own", "stored_sha256",
 ]
 
 # What is about one object; any other StorageError is about the service, and never becomes a row.
@@ -65,7 +66,7 @@ class Side(Protocol):
         """Whether it is ours that stands there now."""
 
     def remove(self, uri: str) -> None:
-        """Remove a probe."""
+        """Remove a temporary of our own."""
 
     def arrow_filesystem(self, uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         """For pyarrow."""
@@ -174,6 +175,15 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     """
     uri = normalise(uri)
     return _side(uri).put_if_absent(uri, data)
+
+
+def remove_own(uri: str) -> None:
+    """Remove a temporary of our own, such as a sign of life; nothing that was committed is ever removed.
+
+    One that isn't there is no error.
+    """
+    uri = normalise(uri)
+    _side(uri).remove(uri)
 
 
 def prove_put_if_absent(prefix_uri: str) -> None:

@@ -10,6 +10,7 @@ from jobs.start_ray import start_ray
 from pipeline import storage_s3
 from tests.fault_proxy import FaultProxy
 from tests.s3 import S3Server, ceph_server, s3_server, why_no_ceph
+from tests.without_ray import WITHOUT_RAY
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -78,4 +79,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def local_ray(s3: S3Server) -> Iterator[None]:
     """One local Ray for all tests that run jobs; it begins after the S3 server, whose settings its workers need."""
     with start_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def without_ray() -> Iterator[None]:
+    """`shard` and `annotate` work in this process, one thing after the other."""
+    with pytest.MonkeyPatch.context() as patches:
+        for module, name, instead in WITHOUT_RAY:
+            patches.setattr(module, name, instead)
         yield

@@ -3,7 +3,6 @@
     python -m tests.shard_kills FOLDER GROWN BUG
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,26 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from jobs import shard, shard_tasks
+from jobs import shard
 from pipeline import shard_listing, shard_versions, storage, storage_disk
 from pipeline.config import ShardConfig
+from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING
 
 ENDED = 9
-
-
-class InlineWriter:
-    """ShardWriter without Ray: a task is a call."""
-
-    def __init__(self, task: shard_tasks.ShardTask, job: Any, **_: object) -> None:
-        self.task, self.job = task, job
-
-    def submit(self, unit: int, planned: Any, images: Any) -> None:
-        """Write the shard now."""
-        shard_tasks.write_shard(self.task, self.job, unit, planned, images)
-
-    def finish(self) -> None:
-        """Nothing is left to wait for."""
 
 
 def main(folder: Path, grown: bool, bug: str) -> list[dict[str, object]]:
@@ -81,10 +67,8 @@ def write_picture(path: Path, shade: int) -> None:
 
 def run(images: Path, output: Path) -> None:
     """The job, as its users run it, but for Ray."""
-    shard.ShardWriter = InlineWriter  # type: ignore[misc, assignment]
-    shard.start_ray = contextlib.nullcontext  # type: ignore[assignment]
-    shard.num_cpus = lambda: 1
-    shard.refuse_unshared = lambda **_: None
+    for module, name, instead in WITHOUT_RAY:
+        setattr(module, name, instead)
     shard.run(ShardConfig(images=str(images), output=str(output), images_per_shard=3, tracking=NO_TRACKING))
 
 

@@ -1,209 +1,54 @@
-"""The annotate job as its users run it: every picture exactly once, whatever happens on the way."""
+"""The annotate job as its users run it, on Ray: its rows, a driver that is killed, a picture that kills its actor."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs import annotate, shard
+from jobs import annotate, annotate_pool
 from pipeline import storage
-from pipeline.config import AnnotateConfig, ShardConfig
-from pipeline.errors import ConfigError, DataError
-from pipeline.keypoints import read_keypoints
+from pipeline.config import AnnotateConfig
 from pipeline.units import committed_units, open_job, read_unit
 from tests.s3 import S3Server
-from tests.worlds import NO_TRACKING, annotated_persons, rows, write_pictures, write_tiny_model
+from tests.without_ray import WITHOUT_RAY
+from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `in` (made pictures), `shards` (the same, sharded) and `model`."""
+    """A folder with `in` (made pictures) and `model`."""
     folder = tmp_path_factory.mktemp("world")
-    pictures = write_pictures(folder / "in")
-    sharded(pictures, str(folder / "shards"))
+    write_pictures(folder / "in")
     write_tiny_model(folder / "model")
     return folder
 
 
-@pytest.fixture(scope="module")
-def first_run(world: Path) -> dict[str, Any]:
-    """The result of a finished run into world/out."""
-    return annotate.run(config(world, str(world / "out")))
-
-
-@pytest.fixture
-def finished(world: Path, first_run: dict[str, Any], tmp_path: Path) -> Path:
-    """A finished run's output, copied for one test."""
-    assert first_run["output"] == str(world / "out")
-    return Path(shutil.copytree(world / "out", tmp_path / "out"))
-
-
-def sharded(pictures: Path | str, output: str) -> None:
-    shard.run(ShardConfig(images=f"{pictures}/images", annotations=f"{pictures}/annotations.json", output=output,
-                          images_per_shard=4, tracking=NO_TRACKING))
-
-
 def config(world: Path, output: str, **settings: object) -> AnnotateConfig:
-    return AnnotateConfig(**{"input": str(world / "shards"), "model": str(world / "model"), "output": output,
-                             "tracking": NO_TRACKING, "actors": 1, "pictures_per_unit": 4, **settings})
+    return AnnotateConfig(**{"input": str(world / "in" / "images"), "model": str(world / "model"), "output": output,
+                             "boxes": "whole-image", "tracking": NO_TRACKING, "pictures_per_unit": 1, **settings})
 
 
-def test_each_annotated_person_is_a_row_and_each_picture_is_accounted_for(
-        world: Path, first_run: dict[str, Any]) -> None:
-    table, metadata = read_keypoints(str(world / "out"))
-    assert first_run["counts"]["pictures"] == 12
-    assert first_run["counts"]["persons"] == annotated_persons(world / "in") == table.num_rows
-    keys = list(zip(table["key"].to_pylist(), table["person_index"].to_pylist(), strict=True))
-    assert keys == sorted(set(keys))
-    assert table["box_score"].to_pylist() == [1.0] * table.num_rows
-    assert metadata.counts["ok"] == 12
-    assert json.loads((world / "out" / "_SUCCESS").read_text())["counts"] == first_run["counts"]
-
-
-@pytest.mark.usefixtures("first_run")
-def test_a_bucket_gives_the_rows_that_a_folder_gives(world: Path, s3: S3Server, bucket: str) -> None:
-    s3.upload_folder(world / "in", f"{bucket}/in")
-    sharded(f"{bucket}/in", f"{bucket}/shards")
-    s3.upload_folder(world / "model", f"{bucket}/model")
-    annotate.run(config(world, f"{bucket}/out", input=f"{bucket}/shards", model=f"{bucket}/model"))
-    here, there = (rows(output, without=("etag",)) for output in (str(world / "out"), f"{bucket}/out"))
-    assert here.num_rows > 12
-    assert here.equals(there)
-
-
-def test_the_same_command_again_does_nothing(world: Path, first_run: dict[str, Any]) -> None:
-    again = annotate.run(config(world, str(world / "out")))
-    assert first_run["units_annotated"] == first_run["units"] > 1
-    assert again["units_annotated"] == 0
-    assert again["counts"] == first_run["counts"]
-
-
-@pytest.mark.parametrize(("setting", "value"), [("flip", False), ("batch_size", 3), ("boxes", "whole-image")])
-def test_another_intent_into_the_same_output_is_refused(
-        world: Path, finished: Path, setting: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"{setting}: begun with"):
-        annotate.run(config(world, str(finished), **{setting: value}))
-
-
-def test_another_model_into_the_same_output_is_refused(world: Path, finished: Path, tmp_path: Path) -> None:
-    other = write_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match="model: begun with"):
-        annotate.run(config(world, str(finished), model=str(other)))
-
-
-def test_a_run_whose_own_model_was_changed_stops_and_says_so(world: Path, finished: Path) -> None:
-    next((finished / "keypoints").iterdir()).unlink()
-    (finished / "_SUCCESS").unlink()
-    (finished / "_model" / "model.json").write_text((finished / "_model" / "model.json").read_text() + "\n")
-    with pytest.raises(OSError, match="not the model that this run was begun with"):
-        annotate.run(config(world, str(finished)))
-
-
-def test_only_a_missing_unit_is_computed_and_its_bytes_are_the_same(world: Path, finished: Path) -> None:
-    parts = {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()}
-    (finished / "keypoints" / sorted(parts)[0]).unlink()
-    (finished / "_SUCCESS").unlink()
-    assert annotate.run(config(world, str(finished)))["units_annotated"] == 1
-    assert {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()} == parts
-
-
-def test_the_frozen_plan_rules_when_the_input_has_grown(world: Path, tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in")
-    asked = config(world, str(tmp_path / "out"), input=str(pictures / "images"), boxes="whole-image")
-    annotate.run(asked)
-    next((tmp_path / "out" / "keypoints").iterdir()).unlink()
-    (tmp_path / "out" / "_SUCCESS").unlink()
-    (pictures / "images" / "new.jpg").write_bytes(b"arrived later")
-    assert annotate.run(asked)["counts"]["pictures"] == 12
-
-
-def test_pictures_that_cannot_be_read_become_rejected_rows_with_their_reasons(world: Path, tmp_path: Path) -> None:
-    images = write_pictures(tmp_path / "in") / "images"
-    names = sorted(path.name for path in images.iterdir())
-    (images / names[0]).write_bytes((images / names[0]).read_bytes()[:400])
-    (images / names[1]).write_bytes(b"no picture")
-    annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image", max_rejected_share=0.5))
-    table = rows(str(tmp_path / "out")).to_pylist()
-    assert {row["key"]: row["reason"] for row in table if row["status"] == "rejected"} == {
-        names[0]: "truncated", names[1]: "not_a_picture"}
-    rejected = next(row for row in table if row["key"] == names[1])
-    assert rejected["error"]
-    absent = {name: value for name, value in rejected.items() if name.startswith(("box", "nose", "person", "score"))}
-    assert set(absent.values()) == {None}
-
-
-def test_a_refusal_of_the_shard_dataset_is_carried_on(world: Path, tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "in")
-    (pictures / "images" / "notes.txt").write_text("no picture")
-    sharded(pictures, str(tmp_path / "shards"))
-    result = annotate.run(config(world, str(tmp_path / "out"), input=str(tmp_path / "shards"), max_rejected_share=0.5))
-    assert result["counts"]["reasons"] == {"not_a_picture": 1}
-    assert "notes.txt" in rows(str(tmp_path / "out"))["key"].to_pylist()
-
-
-def test_too_many_rejected_pictures_stop_the_run_before_success(world: Path, tmp_path: Path) -> None:
-    images = write_pictures(tmp_path / "in") / "images"
-    for path in sorted(images.iterdir())[:6]:
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="not_a_picture"):
-        annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image"))
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
-
-
-def test_a_list_of_uris_is_annotated_under_whole_uris_as_keys(world: Path, tmp_path: Path) -> None:
-    uris = sorted(str(path) for path in (world / "in" / "images").iterdir())[:3]
-    (tmp_path / "list.csv").write_text("uri\n" + "\n".join(uris) + "\n")
-    annotate.run(config(world, str(tmp_path / "out"), input=str(tmp_path / "list.csv"), boxes="whole-image"))
-    assert rows(str(tmp_path / "out"))["key"].to_pylist() == uris
-
-
-def test_a_store_that_fails_leaves_the_unit_uncommitted_and_no_rejected_row(world: Path, tmp_path: Path) -> None:
-    sharded(world / "in", str(tmp_path / "shards"))
-    damaged = next((tmp_path / "shards" / "shards").iterdir())
-    whole = damaged.read_bytes()
-    asked = config(world, str(tmp_path / "out"), input=str(tmp_path / "shards"))
-    data = bytearray(whole)
-    data[len(data) // 2] ^= 1  # in the middle, where the pictures are
-    damaged.write_bytes(bytes(data))
-    with pytest.raises(OSError, match=r"1 of \d+ units are not annotated"):
-        annotate.run(asked)
-    assert set(rows(str(tmp_path / "out"))["status"].to_pylist()) == {"ok"}
-    damaged.write_bytes(whole)
-    assert annotate.run(asked)["units_annotated"] == 1
-
-
-def test_detections_of_a_json_file_are_annotated_with_their_scores(world: Path, tmp_path: Path) -> None:
-    image_id = rows_of_shards(world)[0]["image_id"]
-    (tmp_path / "d.json").write_text(json.dumps(
-        [{"image_id": image_id, "category_id": 1, "bbox": [5, 5, 40, 60], "score": 0.5},
-         {"image_id": image_id, "category_id": 1, "bbox": [9, 9, 0, 60], "score": 0.5}]))
-    result = annotate.run(config(world, str(tmp_path / "out"), boxes=str(tmp_path / "d.json")))
-    assert (result["counts"]["persons"], result["counts"]["no_person"]) == (1, 11)
-    assert result["counts"]["boxes_refused"] == 1
-    person = next(row for row in rows(str(tmp_path / "out")).to_pylist() if row["status"] == "ok")
-    assert (person["box_score"], person["box_w"], person["box_id"]) == (0.5, 40.0, 0)
-
-
-def rows_of_shards(world: Path) -> list[dict[str, object]]:
-    from pipeline.shards import open_shards, read_part
-
-    dataset = open_shards(str(world / "shards"))
-    return read_part(dataset, dataset.parts[0]).to_pylist()
+def test_a_pool_of_actors_gives_the_rows_that_one_process_gives(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = annotate.run(config(world, str(tmp_path / "pool"), actors=2, threads=1))
+    for module, name, instead in WITHOUT_RAY:
+        monkeypatch.setattr(module, name, instead)
+    annotate.run(config(world, str(tmp_path / "one"), threads=1))
+    assert result["units_annotated"] == 12
+    assert rows(str(tmp_path / "pool")).equals(rows(str(tmp_path / "one")))
+    assert not list((tmp_path / "pool" / "_drivers").iterdir())
 
 
 def test_a_killed_run_goes_on_where_it_was_without_reading_finished_units_again(
         world: Path, tmp_path: Path, s3: S3Server, bucket: str) -> None:
     s3.upload_folder(world / "in", f"{bucket}/in")
-    asked = config(world, f"{bucket}/out", input=f"{bucket}/in/images", boxes="whole-image", pictures_per_unit=1)
+    asked = config(world, f"{bucket}/out", input=f"{bucket}/in/images", actors=1)
     committed = kill_when_half_done(asked, s3)
     job = open_job(f"{bucket}/out")
     assert job is not None
@@ -244,7 +89,7 @@ def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotat
         world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = write_pictures(tmp_path / "in", count=5) / "images"
     (pictures / "000003-culprit.jpg").write_bytes(b"abort ")
-    monkeypatch.setattr(annotate, "DECODER", "tests.crashing_decoder")
+    monkeypatch.setattr(annotate_pool, "DECODER", "tests.crashing_decoder")
     result = annotate.run(AnnotateConfig(
         input=str(pictures), model=str(world / "model"), output=str(tmp_path / "out"), boxes="whole-image",
         pictures_per_unit=2, max_rejected_share=1, actors=1, tracking=NO_TRACKING))

@@ -1,0 +1,93 @@
+"""An earlier run's output as a source of rows: which of its parts a new unit may need, and what they say of a picture.
+
+A row is copied where it would be computed the same: same bytes, same boxes, same intent otherwise. Whether bytes and
+boxes are the same is decided picture by picture (`annotation`); here is what is decided for the whole run.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import keypoints, storage
+from pipeline.errors import ConfigError
+from pipeline.hash_buckets import Hashes, name_hashes
+from pipeline.pose.skeleton import Skeleton
+from pipeline.rows import AnnotatedPicture, pictures_of_table
+from pipeline.units import FrozenJob, committed_units, open_job, read_units
+
+# What may differ: which pictures there are, how they are cut into units, and boxes, which are compared one by one
+MAY_DIFFER = frozenset({"limit", "pictures_per_unit", "boxes"})
+DETECTED = "detect"  # boxes that are known only once they have been computed
+
+
+class EarlierPictures:
+    """The rows of an earlier output, read part by part as units ask for them."""
+
+    def __init__(self, output: str, skeleton: Skeleton) -> None:
+        self.output, self.skeleton = output, skeleton
+
+    def of_parts(self, names: Iterable[str]) -> dict[str, AnnotatedPicture]:
+        """By key, what became of each picture of these parts."""
+        found: dict[str, AnnotatedPicture] = {}
+        for name in names:
+            data = storage.read_object(storage.join(self.output, keypoints.FOLDER, name))
+            table = pq.read_table(pa.BufferReader(data))
+            found |= {picture.picture["key"]: picture for picture in pictures_of_table(table, self.skeleton)}
+        return found
+
+
+def open_earlier(output: str, intent: Mapping[str, Any]) -> FrozenJob:
+    """The run at `output`, whose rows a run of this intent may copy.
+
+    Refuses (ConfigError) a place without a run, and one whose rows were computed otherwise, with the differences.
+    """
+    job = open_job(output)
+    if job is None:
+        raise ConfigError(f"--reuse {output}: no annotate run was begun there. Give the --output of one.")
+    before, now = _comparable(job.intent), _comparable(intent)
+    differences = [f"  {name}: {json.dumps(before.get(name))} there, now {json.dumps(now.get(name))}"
+                   for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if differences:
+        raise ConfigError(f"--reuse {output}: none of its rows can be copied, since they were computed otherwise:\n"
+                          + "\n".join(differences) + "\nRepeat its settings, or leave --reuse out.")
+    return job
+
+
+def _comparable(intent: Mapping[str, Any]) -> dict[str, Any]:
+    same = {name: value for name, value in intent.items() if name not in MAY_DIFFER}
+    boxes = intent["boxes"]
+    return same | ({"boxes": boxes} if boxes["kind"] == DETECTED else {"boxes": "each compared"})
+
+
+def earlier_parts(earlier_output: str, earlier: FrozenJob, output: str, job: FrozenJob,
+                  units: Sequence[int]) -> Iterator[tuple[int, list[str]]]:
+    """For each unit, in their order, the committed parts of the earlier run that may hold one of its pictures.
+
+    12 bytes of memory for each picture that the earlier run planned.
+    """
+    committed = sorted(committed_units(earlier_output, keypoints.FOLDER, earlier))
+    hashes, homes = _homes(earlier_output, earlier, committed)
+    for unit, table in read_units(output, job, units):
+        wanted = _hashes(table)
+        first, last = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
+        found = {int(home) for a, b in zip(first, last, strict=True) for home in homes[a:b]}
+        yield unit, [earlier.part_name(home) for home in sorted(found)]
+
+
+def _homes(output: str, job: FrozenJob, units: Sequence[int]) -> tuple[Hashes, np.ndarray[Any, np.dtype[np.int32]]]:
+    """The keys' hashes in order, uint64 [n], and the unit of each, int32 [n]."""
+    hashes, homes = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
+    for unit, table in read_units(output, job, units):
+        hashes.append(_hashes(table))
+        homes.append(np.full(len(table), unit, np.int32))
+    all_hashes = np.concatenate(hashes)
+    order = np.argsort(all_hashes, kind="stable")
+    return all_hashes[order], np.concatenate(homes)[order]
+
+
+def _hashes(table: pa.Table) -> Hashes:
+    return name_hashes(table["key"].to_pylist(), 0)

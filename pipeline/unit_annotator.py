@@ -1,0 +1,108 @@
+"""One planned unit -> its part, committed: look whether it is there, read, annotate, put if absent.
+
+What an actor of the annotate job does, without Ray: the same object runs in a test's process, or on a machine with a
+GPU and no Ray. What goes wrong with the service is said in the receipt, and leaves the unit uncommitted.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import annotation_input as inputs
+from pipeline import keypoints, storage
+from pipeline.annotation import annotate_pictures
+from pipeline.errors import DataError
+from pipeline.images import PictureLimits
+from pipeline.isolation import open_decoder
+from pipeline.model.directory import model_digest
+from pipeline.model_reference import download_model
+from pipeline.prediction import Predictor
+from pipeline.reuse import EarlierPictures
+from pipeline.rows import count_rows
+from pipeline.units import FrozenJob, read_unit
+
+MODEL_FOLDER = "_model"
+COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of a unit in the hands of one annotator.
+
+    outcome  committed: by this one · lost: another writer was first · there: it was committed already, nothing was
+             read · failed: not committed
+    counts   of the unit's rows, and `reused`, how many of its pictures were copied; {} unless it was computed here
+    failure  why it failed
+    passing  whether the same may go well later: it was about the service
+    """
+
+    unit: int
+    outcome: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+    passing: bool = False
+
+
+class UnitAnnotator:
+    """Holds the model, and turns a unit's number into the unit's committed part.
+
+    output   the run's output, where its model is kept
+    choice   who makes the boxes
+    careful  decode in processes apart: a picture has ended this unit's process before
+    decoder  the module that decodes
+    reuse    an earlier output whose rows are copied where they would be the same
+
+    Refuses (DataError) a process that can't work as the frozen job says: no GPU, another model.
+    """
+
+    def __init__(self, output: str, job: FrozenJob, choice: inputs.BoxChoice, *, careful: bool = False,
+                 decoder: str = "pipeline.images", reuse: str | None = None) -> None:
+        self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
+        self.predictor = _open_predictor(output, job)
+        self.boxes = inputs.box_source(choice)
+        self.earlier = EarlierPictures(reuse, self.predictor.skeleton) if reuse else None
+
+    def annotate(self, unit: int, earlier_parts: Sequence[str] = ()) -> Receipt:
+        """Annotate and commit one unit; `earlier_parts`: those of the reused output that may hold its pictures."""
+        part = storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))
+        try:
+            if storage.exists(part):
+                return Receipt(unit, THERE)
+            data, counts = self._part(unit, earlier_parts)
+            return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
+        except storage.StorageError as error:
+            return Receipt(unit, FAILED, failure=f"unit {unit}: {error}", passing=True)
+        except (DataError, MemoryError, torch.OutOfMemoryError) as error:
+            return Receipt(unit, FAILED, failure=f"unit {unit}: {error or type(error).__name__}")
+
+    def _part(self, unit: int, earlier_parts: Sequence[str]) -> tuple[bytes, dict[str, Any]]:
+        earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
+        planned = read_unit(self.output, self.job, unit)
+        limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
+        with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
+            tasks = inputs.pictures_of_unit(self.job.input, planned, self.boxes, earlier)
+            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode)
+        reused = sum(picture.reused for picture in pictures)
+        data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
+                                    model={**self.job.about["model"], "source": self.predictor.spec.source})
+        return data, {**count_rows(pictures), "reused": reused}
+
+
+def _open_predictor(output: str, job: FrozenJob) -> Predictor:
+    intent = job.intent
+    if intent["backend"] == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"{output} was begun on GPUs, but this process on {os.uname().nodename} has none. "
+                        "Continue it where there are GPUs, or choose a new --output.")
+    torch.use_deterministic_algorithms(intent["deterministic"])
+    with tempfile.TemporaryDirectory() as folder:
+        model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
+        if model_digest(model) != intent["model"]:
+            raise DataError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
+                            "Restore it, or choose a new --output.")
+        return Predictor(model, device=intent["backend"], precision=intent["precision"], flip=intent["flip"],
+                         batch_size=intent["batch_size"], threads=intent["threads"])
