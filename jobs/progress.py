@@ -52,7 +52,7 @@ class Progress:
         done = len(self.answered)
         return {"units_done": done, "units": self.units, "seconds": round(seconds, 1),
                 **{name: self.counts.get(name, 0) for name in ("pictures", "persons", "rejected", "reused")},
-                "persons_per_s": round(self.counts.get("persons", 0) / seconds, 2) if seconds else 0.0,
+                "persons_per_s": round(self.counts.get("computed", 0) / seconds, 2) if seconds else 0.0,
                 "seconds_left": round(seconds / done * (self.units - done)) if done else None}
 
     def _tell(self) -> None:
@@ -62,7 +62,8 @@ class Progress:
         self._told = now
         values = self.so_far()
         left = values["seconds_left"]
-        line = (f"{values['units_done']} of {values['units']} units, {values['pictures']} pictures, "
+        copied = f" ({values['reused']} copied)" if values["reused"] else ""
+        line = (f"{values['units_done']} of {values['units']} units, {values['pictures']} pictures{copied}, "
                 f"{values['persons_per_s']:.1f} persons/s, {values['rejected']} rejected, "
                 f"about {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         if self._terminal:

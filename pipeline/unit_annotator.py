@@ -36,7 +36,8 @@ class Receipt:
 
     outcome  committed: by this one · lost: another writer was first · there: it was committed already, nothing was
              read · failed: not committed
-    counts   of the unit's rows, and `reused`, how many of its pictures were copied; {} unless it was computed here
+    counts   of the unit's rows; `reused`, how many of its pictures were copied, and `computed`, how many persons
+             were not; {} unless the unit was done here
     failure  why it failed
     passing  whether the same may go well later: it was about the service
     """
@@ -87,10 +88,12 @@ class UnitAnnotator:
         with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
             tasks = inputs.pictures_of_unit(self.job.input, planned, self.boxes, earlier)
             pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode)
-        reused = sum(picture.reused for picture in pictures)
+        reused = [picture for picture in pictures if picture.reused]
+        counts = count_rows(pictures)
         data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
                                     model={**self.job.about["model"], "source": self.predictor.spec.source})
-        return data, {**count_rows(pictures), "reused": reused}
+        computed = counts["persons"] - sum(len(picture.boxes.ids) for picture in reused)
+        return data, {**counts, "reused": len(reused), "computed": computed}
 
 
 def _open_predictor(output: str, job: FrozenJob) -> Predictor:

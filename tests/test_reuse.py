@@ -1,0 +1,204 @@
+"""`annotate --reuse OLD` and `--exclude`: what is computed again, what is copied, and what is left out."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs import annotate, shard
+from pipeline import storage
+from pipeline.config import AnnotateConfig, ShardConfig
+from pipeline.errors import ConfigError
+from pipeline.keypoints import read_keypoints
+from pipeline.prediction import Predictor
+from pipeline.rows import pictures_of_table
+from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("without_ray")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `in` (made pictures with annotations) and `model`."""
+    folder = tmp_path_factory.mktemp("made")
+    write_pictures(folder / "in", count=8)
+    write_tiny_model(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    """The same with a run over the pictures' folder in `old`, in which two pictures were rejected."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    names(tmp_path)[0].write_bytes(b"no picture")
+    names(tmp_path)[1].unlink()
+    names(tmp_path)[0].with_name("unreadable.jpg").symlink_to("nowhere")
+    run(tmp_path, "old")
+    return tmp_path
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
+    """What is done: the keys of `read` objects, and how many persons are in each `crops` call."""
+    done: dict[str, list[Any]] = {"read": [], "persons": []}
+    read_object, crop_persons = storage.read_object, Predictor.crop_persons
+
+    def noting_read(uri: str, **options: Any) -> bytes:
+        done["read"].append(Path(uri).name)
+        return read_object(uri, **options)
+
+    def noting_crop(predictor: Predictor, image: Any, boxes: Any) -> Any:
+        done["persons"].append(len(boxes))
+        return crop_persons(predictor, image, boxes)
+
+    monkeypatch.setattr(storage, "read_object", noting_read)
+    monkeypatch.setattr(Predictor, "crop_persons", noting_crop)
+    yield done
+
+
+def names(world: Path) -> list[Path]:
+    return sorted((world / "in" / "images").iterdir())
+
+
+def run(world: Path, output: str, **settings: object) -> dict[str, Any]:
+    return annotate.run(AnnotateConfig(**{
+        "input": str(world / "in" / "images"), "model": str(world / "model"), "output": str(world / output),
+        "boxes": "whole-image", "tracking": NO_TRACKING, "pictures_per_unit": 3, "max_rejected_share": 1, **settings}))
+
+
+def same_rows(world: Path, output: str, other: str) -> bool:
+    return rows(str(world / output), without=("job",)).equals(rows(str(world / other), without=("job",)))
+
+
+def test_a_retry_reads_and_computes_only_rejects_that_can_change(
+        world: Path, work: dict[str, list[Any]]) -> None:
+    (world / "in" / "images" / "unreadable.jpg").unlink()
+    shutil.copy(names(world)[2], world / "in" / "images" / "unreadable.jpg")
+    result = run(world, "new", reuse=str(world / "old"))
+    assert [name for name in work["read"] if name.endswith(".jpg")] == ["unreadable.jpg"]
+    assert work["persons"] == [1]
+    assert result["counts"]["reasons"] == {"not_a_picture": 1}
+    run(world, "scratch")
+    assert same_rows(world, "new", "scratch")
+
+
+def test_a_grown_input_computes_what_is_new_or_changed_and_forgets_what_is_gone(
+        world: Path, work: dict[str, list[Any]]) -> None:
+    changed, gone, source = names(world)[3], names(world)[4], names(world)[5]
+    shutil.copy(source, world / "in" / "images" / "later.jpg")
+    changed.write_bytes(source.read_bytes())
+    os.utime(changed, ns=(1, 1))
+    gone.unlink()
+    run(world, "new", reuse=str(world / "old"))
+    assert set(work["read"]) >= {changed.name, "later.jpg"}
+    assert len(work["persons"]) == 2
+    assert gone.name not in rows(str(world / "new"))["key"].to_pylist()
+    run(world, "scratch")
+    assert same_rows(world, "new", "scratch")
+
+
+def test_another_etag_with_the_same_bytes_is_read_and_not_computed(world: Path, work: dict[str, list[Any]]) -> None:
+    touched = names(world)[3]
+    os.utime(touched, ns=(1, 1))
+    run(world, "new", reuse=str(world / "old"))
+    assert touched.name in work["read"]
+    assert work["persons"] == []
+    etags = {row["key"]: row["etag"] for row in rows(str(world / "new")).to_pylist()}
+    assert etags[touched.name].endswith("-1")
+
+
+def test_the_old_output_may_be_deleted_afterwards(world: Path) -> None:
+    run(world, "new", reuse=str(world / "old"))
+    shutil.rmtree(world / "old")
+    assert run(world, "new")["units_annotated"] == 0
+
+
+def test_rows_say_which_job_wrote_them_and_receipts_how_many_were_copied(
+        world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        result = run(world, "new", reuse=str(world / "old"))
+    assert set(rows(str(world / "new"))["job"].to_pylist()) == {result["digest"]}
+    assert "(7 copied)" in caplog.text
+
+
+def test_an_old_run_of_another_intent_is_refused_with_the_difference(world: Path) -> None:
+    with pytest.raises(ConfigError, match="flip: true there, now false"):
+        run(world, "new", reuse=str(world / "old"), flip=False)
+    assert not (world / "new").exists() or not (world / "new" / "_job.json").exists()
+
+
+def test_a_place_without_a_run_cannot_be_reused(world: Path) -> None:
+    with pytest.raises(ConfigError, match="no annotate run was begun there"):
+        run(world, "new", reuse=str(world / "in"))
+
+
+def test_only_the_committed_units_of_an_unfinished_run_are_reused(world: Path, work: dict[str, list[Any]]) -> None:
+    for part in sorted((world / "old" / "keypoints").iterdir())[1:]:
+        part.unlink()
+    run(world, "new", reuse=str(world / "old"))
+    assert len(work["persons"]) == len(rows(str(world / "new"))) - 3 - 1
+
+
+def test_a_grown_shard_dataset_computes_only_what_came(made: Path, tmp_path: Path, work: dict[str, list[Any]]) -> None:
+    world = Path(shutil.copytree(made, tmp_path / "world"))
+    sharded(world)
+    run(world, "old", input=str(world / "shards"), boxes="annotated")
+    shutil.copy(names(world)[0], world / "in" / "images" / "later.jpg")
+    sharded(world)
+    before = work["persons"].copy()
+    run(world, "new", input=str(world / "shards"), boxes="whole-image", reuse=str(world / "old"))
+    assert len(work["persons"]) - len(before) == 9  # other boxes: nothing is the same
+    run(world, "again", input=str(world / "shards"), boxes="annotated", reuse=str(world / "old"))
+    assert len(work["persons"]) - len(before) == 9  # the one that came has no annotated person
+    run(world, "scratch", input=str(world / "shards"), boxes="annotated")
+    assert same_rows(world, "again", "scratch")
+
+
+def test_persons_whose_annotated_box_was_moved_are_computed_again(
+        made: Path, tmp_path: Path, work: dict[str, list[Any]]) -> None:
+    world = Path(shutil.copytree(made, tmp_path / "world"))
+    sharded(world)
+    run(world, "old", input=str(world / "shards"), boxes="annotated")
+    annotations = world / "in" / "annotations.json"
+    values = json.loads(annotations.read_text())
+    values["annotations"][0]["bbox"][2] += 3
+    annotations.write_text(json.dumps(values))
+    sharded(world)
+    before = len(work["persons"])
+    run(world, "new", input=str(world / "shards"), boxes="annotated", reuse=str(world / "old"))
+    assert len(work["persons"]) - before == 1
+    run(world, "scratch", input=str(world / "shards"), boxes="annotated")
+    assert same_rows(world, "new", "scratch")
+
+
+def sharded(world: Path) -> None:
+    shard.run(ShardConfig(images=str(world / "in" / "images"), annotations=str(world / "in" / "annotations.json"),
+                          output=str(world / "shards"), images_per_shard=4, tracking=NO_TRACKING))
+
+
+def test_excluded_keys_are_not_planned(world: Path) -> None:
+    (world / "out.txt").write_text(f"{names(world)[2].name}\n{names(world)[3].name}\n")
+    result = run(world, "new", exclude=str(world / "out.txt"), reuse=str(world / "old"))
+    assert result["counts"]["pictures"] == 6
+    assert not {names(world)[2].name, names(world)[3].name} & set(rows(str(world / "new"))["key"].to_pylist())
+
+
+def test_another_list_of_excluded_keys_is_another_input(world: Path) -> None:
+    (world / "out.txt").write_text(f"{names(world)[2].name}\n")
+    with pytest.raises(ConfigError, match="input: begun with"):
+        run(world, "old", exclude=str(world / "out.txt"))
+
+
+def test_pictures_survive_the_way_into_rows_and_back(world: Path) -> None:
+    table, metadata = read_keypoints(str(world / "old"))
+    pictures = list(pictures_of_table(table, metadata.skeleton))
+    assert [picture.picture["key"] for picture in pictures] == sorted(set(table["key"].to_pylist()))
+    first = next(picture for picture in pictures if picture.status == "ok")
+    row = next(row for row in table.to_pylist() if row["key"] == first.picture["key"])
+    assert first.joints_xy is not None
+    np.testing.assert_array_equal(first.joints_xy[0, 0], np.float32([row["nose_x"], row["nose_y"]]))
