@@ -54,6 +54,8 @@ JOBS = {
         "reuse": "an earlier output: what would come out the same is copied from it, not computed",
         "exclude": "a file with keys to leave out, one on each line",
         "limit": "only the first N pictures: a trial"}),
+    "status": Job("status", settings.StatusConfig, "how far a run is, from its output alone", {
+        "output": "the --output of an annotate or shard run"}),
     "verify": Job("verify", settings.VerifyConfig, "whether a shard dataset is whole and right; names what isn't", {
         "data": "shard dataset to check"}),
     "evaluate": Job("evaluate", settings.EvaluateConfig, "keypoints against annotations: the ten COCO numbers, PCK", {

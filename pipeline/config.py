@@ -158,6 +158,12 @@ class AnnotateConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
 
 
+class StatusConfig(Settings):
+    """`status`: how far a run is."""
+
+    output: str
+
+
 class VerifyConfig(Settings):
     """`verify`: a shard dataset -> what is wrong with it."""
 

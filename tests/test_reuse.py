@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def world(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
+def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What is done: the keys of `read` objects, and how many persons are in each `crops` call."""
     done: dict[str, list[Any]] = {"read": [], "persons": []}
     read_object, crop_persons = storage.read_object, Predictor.crop_persons
@@ -58,7 +57,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
 
     monkeypatch.setattr(storage, "read_object", noting_read)
     monkeypatch.setattr(Predictor, "crop_persons", noting_crop)
-    yield done
+    return done
 
 
 def names(world: Path) -> list[Path]:

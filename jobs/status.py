@@ -1,0 +1,46 @@
+"""How far a run is: read from its output alone, so that it can be asked from anywhere, while it runs or years later."""
+
+import sys
+from typing import Any
+
+from pipeline.config import StatusConfig, locations
+from pipeline.run_status import COMPLETE, RUNNING, RunStatus, run_status
+
+
+def run(config: StatusConfig) -> dict[str, Any]:
+    """Tell people on stderr; gives the same as values."""
+    config = locations(config, "output")
+    status = run_status(config.output)
+    print("\n".join(_lines(status)), file=sys.stderr)
+    return {"job": "status", **status.to_json()}
+
+
+def _lines(status: RunStatus) -> list[str]:
+    share = status.done / status.units if status.units else 1.0
+    remedy = "" if status.state in (COMPLETE, RUNNING) else ": the same command continues it"
+    model = status.model or {}
+    named = f", model {model['name']}{f' version {version}' if (version := model['version']) else ''}" if model else ""
+    return [f"{status.output}",
+            f"  {status.kind} run {status.digest[:8]}{named}",
+            f"  {status.state}{remedy}",
+            f"  {status.done} of {status.units} units ({share:.1%}) of {status.pictures} pictures",
+            *_counts(status), *map(_driver, status.drivers)]
+
+
+def _counts(status: RunStatus) -> list[str]:
+    counts = {name: value for name, value in status.counts.items() if not isinstance(value, dict)}
+    about = " (estimated)" if status.estimated else ""
+    lines = [f"  committed{about}: " + ", ".join(f"{value} {name}" for name, value in counts.items())] if counts else []
+    if reasons := status.counts.get("reasons"):
+        common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+        lines.append("  reasons: " + ", ".join(f"{name} {count}" for name, count in common))
+    return lines
+
+
+def _driver(sign: Any) -> str:
+    done = sign.progress
+    left = done.get("seconds_left")
+    speed = f"{done.get('units_done', 0)} of {done.get('units', 0)} units, {done.get('persons_per_s', 0)} persons/s"
+    ends = f", about {left // 60} min left" if left is not None and sign.alive() else ""
+    return (f"  driver {sign.driver} on {sign.host}, process {sign.pid}: {'alive' if sign.alive() else 'gone'}, "
+            f"last seen {max(0, sign.age_s()):.0f} s ago; {speed}{ends}")
