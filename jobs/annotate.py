@@ -84,10 +84,11 @@ def _freeze(config: AnnotateConfig, model: FoundModel) -> tuple[FrozenJob, input
 def _intent(config: AnnotateConfig, model: Path, choice: inputs.BoxChoice, frozen: dict[str, Any]) -> dict[str, Any]:
     """All that can change a row, with `auto` resolved: by the frozen run, else by the cluster at hand."""
     from pipeline.model.directory import model_digest
+    from pipeline.model.inference import cpu_backend
 
     given = ("batch_size", "flip", "deterministic", "limit", "pictures_per_unit", "max_pixels")
     resolved = {
-        "backend": config.backend if config.backend != "auto" else "cuda" if num_gpus() else "cpu",
+        "backend": config.backend if config.backend != "auto" else "cuda" if num_gpus() else cpu_backend(),
         "precision": config.precision if config.precision != "auto" else "float32",
         # one thread for each actor keeps two cores busy with decoding and network at once
         "threads": config.threads or (1 if num_cpus() <= 4 else 4)}

@@ -29,7 +29,8 @@ class Progress:
         self.counts: dict[str, Any] = {}
         self.committed = 0
         self._terminal = sys.stderr.isatty()
-        self._began = self._told = time.monotonic()
+        self._told = time.monotonic()
+        self._began = self._began_units = time.time()
 
     def add(self, receipt: Receipt) -> None:
         """Count one unit's receipt."""
@@ -38,6 +39,8 @@ class Progress:
             self.failures_in_a_row += 1
             return
         self.failures_in_a_row = 0
+        if not self.answered:
+            self._began_units = receipt.began  # before that, the pool started
         self.failed.pop(receipt.unit, None)
         self.answered.add(receipt.unit)
         if receipt.outcome == COMMITTED:
@@ -48,11 +51,11 @@ class Progress:
 
     def so_far(self) -> dict[str, Any]:
         """What this run has done: units of units, pictures, persons, rejected, persons/s, seconds left."""
-        seconds = time.monotonic() - self._began
+        seconds = max(time.time() - self._began_units, 1e-3)
         done = len(self.answered)
-        return {"units_done": done, "units": self.units, "seconds": round(seconds, 1),
+        return {"units_done": done, "units": self.units, "seconds": round(time.time() - self._began, 1),
                 **{name: self.counts.get(name, 0) for name in ("pictures", "persons", "rejected", "reused")},
-                "persons_per_s": round(self.counts.get("computed", 0) / seconds, 2) if seconds else 0.0,
+                "persons_per_s": round(self.counts.get("computed", 0) / seconds, 2),
                 "seconds_left": round(seconds / done * (self.units - done)) if done else None}
 
     def _tell(self) -> None:

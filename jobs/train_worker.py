@@ -356,7 +356,7 @@ def _validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
     task = worker.task
     if task.val is None:
         return {}
-    predictor = Predictor((_network_of_rank0(worker), worker.spec), device=str(worker.device),
+    predictor = Predictor((_network_of_rank0(worker), worker.spec), backend="plain",
                           precision=task.intent["precision"])
     most = task.config.validate_persons
     mine = [picture for part in task.val.parts[worker.rank::worker.world]

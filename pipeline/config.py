@@ -148,7 +148,8 @@ class AnnotateConfig(Settings):
     pictures_per_unit: int = Field(500, ge=1, le=100_000)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     flip: bool = True
-    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "cpu", "cuda", "openvino", "null"] = Field(
+        "auto", description="null: no network, to measure what all else costs")
     threads: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1)
     deterministic: bool = False

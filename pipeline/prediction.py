@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.model import inference
 from pipeline.model.decode import decode_heatmaps, flip_average
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops
 from pipeline.model.mspn import MSPN
@@ -20,7 +21,6 @@ from pipeline.pose.crop import crop_matrix, crop_person, joints_to_image, region
 from pipeline.pose.skeleton import Skeleton
 
 Array = np.ndarray[Any, Any]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,30 @@ class PersonKeypoints:
 class Predictor:
     """A loaded model that answers with joints.
 
-    device      "cpu", "cuda", or "auto": CUDA where there is one
-    precision   "float32" or "bfloat16" (autocast of the network; decoding is as exact as ever)
+    backend     how heatmaps are computed (`model.inference`): "cpu", "cuda", "openvino", "plain": the network as it
+                is, where it is; "auto": the fastest that is at hand; "null": not at all, every joint is 0, 0
+    precision   of the network, "float32" or "bfloat16"; decoding is as exact as ever
     flip        average with the mirrored picture, as the authors test
     batch_size  crops in one forward pass
-    threads     torch's CPU threads in this process; None leaves them as they are. Bits depend on their number.
+    threads     CPU threads of this process; None leaves them as they are. Bits depend on their number.
     """
 
-    def __init__(self, model: Path | tuple[MSPN, ModelSpec], *, device: str = "auto", precision: str = "float32",
+    def __init__(self, model: Path | tuple[MSPN, ModelSpec], *, backend: str = "auto", precision: str = "float32",
                  flip: bool = True, batch_size: int = 32, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.network, self.spec = load_model(model) if isinstance(model, Path) else model
-        available = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(available if device == "auto" else device)
-        self.network = self.network.to(self.device).eval()
-        self.dtype, self.flip, self.batch_size = DTYPES[precision], flip, batch_size
+        network, self.spec = load_model(model) if isinstance(model, Path) else model
+        network = network.eval()
+        backend = inference.fast_backend() if backend == "auto" else backend
+        self.null = backend == inference.NULL
+        if backend in (inference.PLAIN, inference.NULL):
+            self.device = next(network.parameters()).device
+            self._heatmaps = inference.plain_heatmaps(network, precision)
+        else:
+            self.device = torch.device("cuda" if backend == inference.CUDA else "cpu")
+            self._heatmaps = inference.fast_heatmaps(network, backend, precision, batch_size=batch_size,
+                                                     threads=threads)
+        self.flip, self.batch_size = flip, batch_size
         self.skeleton = Skeleton.from_json(self.spec.skeleton)
 
     def crop_persons(self, image_bgr: Array, boxes_xywh: Array) -> CroppedPersons:
@@ -100,16 +108,15 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict_batch(self, crops: Array) -> tuple[Array, Array]:
+        if self.null:
+            shape = len(crops), self.skeleton.num_joints
+            return np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
         images = normalise_crops(torch.from_numpy(crops).to(self.device), self.spec)
         heatmaps = self._heatmaps(images)
         if self.flip:
             heatmaps = flip_average(heatmaps, self._heatmaps(images.flip(-1)), self.skeleton.flip_order)
         joints, scores = decode_heatmaps(heatmaps, self.spec.input_size_wh, decoding=self.spec.decoding)
         return joints.cpu().numpy(), scores.cpu().numpy()
-
-    def _heatmaps(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network.predict(images).float()
 
 
 def _batches(items: Iterable[Array], size: int) -> Iterator[list[Array]]:

@@ -6,8 +6,9 @@ GPU and no Ray. What goes wrong with the service is said in the receipt, and lea
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Receipt:
              were not; {} unless the unit was done here
     failure  why it failed
     passing  whether the same may go well later: it was about the service
+    began, ended  when, in seconds since 1970
     """
 
     unit: int
@@ -47,6 +49,8 @@ class Receipt:
     counts: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
     passing: bool = False
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class UnitAnnotator:
@@ -70,6 +74,10 @@ class UnitAnnotator:
 
     def annotate(self, unit: int, earlier_parts: Sequence[str] = ()) -> Receipt:
         """Annotate and commit one unit; `earlier_parts`: those of the reused output that may hold its pictures."""
+        began = time.time()
+        return replace(self._annotate(unit, earlier_parts), began=began, ended=time.time())
+
+    def _annotate(self, unit: int, earlier_parts: Sequence[str]) -> Receipt:
         part = storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))
         try:
             if storage.exists(part):
@@ -107,5 +115,5 @@ def _open_predictor(output: str, job: FrozenJob) -> Predictor:
         if model_digest(model) != intent["model"]:
             raise DataError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
                             "Restore it, or choose a new --output.")
-        return Predictor(model, device=intent["backend"], precision=intent["precision"], flip=intent["flip"],
+        return Predictor(model, backend=intent["backend"], precision=intent["precision"], flip=intent["flip"],
                          batch_size=intent["batch_size"], threads=intent["threads"])

@@ -30,7 +30,7 @@ from tests.worlds import write_tiny_model
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
     model = write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-    return Predictor(model, device="cpu", batch_size=4, threads=1)
+    return Predictor(model, backend="cpu", batch_size=4, threads=1)
 
 
 def boxes(*xywh: Iterable[float], scores: Iterable[float] | None = None) -> Boxes:

@@ -1,0 +1,136 @@
+"""A network's heatmaps, computed fast: ways that differ in speed and rounding, and nothing else.
+
+Each is a function of a batch of images on its device; the plain way, the network as it was loaded, is what the others
+are compared with. Speed and effect on keypoints: benchmarks/RESULTS.md.
+"""
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from pipeline.model.mspn import MSPN, ConvBNReLU
+
+# images [B, 3, H, W] float32 -> heatmaps [B, K, H/4, W/4] float32, on the same device
+Heatmaps = Callable[[Tensor], Tensor]
+PLAIN, CPU, CUDA, OPENVINO = "plain", "cpu", "cuda", "openvino"
+NULL = "null"  # no network at all: every joint at 0, 0. To measure what everything else costs
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}  # OpenVINO's names
+
+
+def fast_backend() -> str:
+    """The fastest backend that this process offers: a GPU, else OpenVINO where it is installed, else PyTorch."""
+    return CUDA if torch.cuda.is_available() else cpu_backend()
+
+
+def cpu_backend() -> str:
+    """The fastest backend without a GPU."""
+    return OPENVINO if has_openvino() else CPU
+
+
+def has_openvino() -> bool:
+    """Whether the optional package is installed (`pip install .[openvino]`)."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def fast_precision(backend: str) -> str:
+    """bfloat16 where the processor computes it, else float32: elsewhere it is emulated, and slower."""
+    if backend == CUDA:
+        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: int, threads: int | None) -> Heatmaps:
+    """The network's finest heatmaps by this backend. The network itself stays as it is.
+
+    backend     cpu or cuda: PyTorch, batch norms folded into convolutions, channels last · openvino
+    batch_size  OpenVINO compiles for it, and fills up a smaller batch
+    threads     OpenVINO's; PyTorch's are the process's own
+    """
+    if backend == OPENVINO:
+        return _openvino(network, precision, batch_size, threads)
+    device, dtype = torch.device(backend), DTYPES[precision]
+    fast = fold_batch_norms(network).to(device)
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _lower_precision(fast, dtype)
+
+    def heatmaps(images: Tensor) -> Tensor:
+        return fast.predict(images.to(dtype, memory_format=torch.channels_last)).float()
+
+    return heatmaps
+
+
+def plain_heatmaps(network: MSPN, precision: str) -> Heatmaps:
+    """The network as it is, where it is; bfloat16 by autocast."""
+    def heatmaps(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "float32"):
+            return network.predict(images).float()
+
+    return heatmaps
+
+
+def fold_batch_norms(network: MSPN) -> MSPN:
+    """A copy in which each batch norm, a fixed scale and shift once trained, is part of its convolution."""
+    folded = copy.deepcopy(network).eval()
+    for module in folded.modules():
+        if isinstance(module, ConvBNReLU):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()  # type: ignore[assignment]
+    return folded
+
+
+def _lower_precision(network: MSPN, dtype: torch.dtype) -> None:
+    """All but the last convolution: of heatmaps up to 255, bfloat16's steps of 1 would make ties of neighbours."""
+    network.to(dtype)
+    head = network.stages[-1].upsample.up4
+    head.res_conv2 = _InFloat32(head.res_conv2.float())  # type: ignore[assignment]
+
+
+class _InFloat32(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x.float())
+        return y
+
+
+class _Finest(nn.Module):
+    """The network's `predict` as its `forward`, which is what is traced."""
+
+    def __init__(self, network: MSPN) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.predict(images)
+
+
+def _openvino(network: MSPN, precision: str, batch_size: int, threads: int | None) -> Heatmaps:
+    # the converter tells its makers of each use, unless this package can't be imported; pictures' owners didn't agree
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    width, height = network.config.input_size_wh
+    example = torch.zeros(batch_size, 3, height, width)
+    traced = openvino.convert_model(_Finest(network), example_input=example, input=[tuple(example.shape)])
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "NUM_STREAMS": 1}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.compile_model(traced, "CPU", settings)
+
+    def heatmaps(images: Tensor) -> Tensor:
+        filled = torch.zeros(example.shape)
+        filled[:len(images)] = images
+        return torch.from_numpy(compiled(filled.numpy())[0][:len(images)].copy())
+
+    return heatmaps
