@@ -36,6 +36,7 @@ from pipeline.images import DEFAULT_LIMITS, PictureHeader, PictureLimits, Pictur
 
 # A COCO picture costs 0.6 ms on top of the 5 that it takes to decode; wider pipes make no difference.
 START_SECONDS = 120.0  # a child imports OpenCV: half a second, and many from a cold network disk
+SWEEP_S = 5.0  # how often a timer that nobody needs any more is looked for
 _FRAME = struct.Struct("<cQ")  # kind, length
 _SIZE_HW = struct.Struct("<QQ")
 _MAX_TEXT = 1 << 20  # of a reply that isn't pixels
@@ -321,15 +322,15 @@ def _reply(replies: BinaryIO, kind: bytes, *parts: Any) -> None:
 def end_if_stuck(seconds: float) -> Iterator[None]:
     """Ends this *process* (exit code 1, every thread's traceback on stderr) if the block takes longer.
 
-    Also when C code holds the GIL for ever. Blocks may be nested, and run in many threads at once: each has its
-    own deadline, and the earliest counts. For that this function needs faulthandler's timer, of which a process
-    has one, for itself: nothing else in the process may call `faulthandler.dump_traceback_later`.
+    Not at once then, but before twice that time. Also when C code holds the GIL for ever. Blocks may be nested, and
+    run in many threads at once: each has its own deadline, and the earliest counts. For that this function needs
+    faulthandler's timer, of which a process has one, for itself: nothing else in the process may call
+    `faulthandler.dump_traceback_later`.
     """
-    # 70 to 110 microseconds for each use, nearly all of it faulthandler's thread; 5 to 10 within an earlier deadline.
     if seconds <= 0:
         raise ValueError(f"a time limit must be positive, but is {seconds} s")
     block = next(_DEADLINES.numbers)
-    _DEADLINES.add(block, time.monotonic() + seconds)
+    _DEADLINES.add(block, seconds)
     try:
         yield
     finally:
@@ -369,33 +370,61 @@ def open_decoder(limits: PictureLimits, *, isolated: bool, seconds: float = 60.0
 
 
 class _Deadlines:
-    """The running blocks' deadlines, with faulthandler's timer set to the earliest."""
+    """The running blocks' deadlines, and faulthandler's timer, which ends the process when one of them has passed.
+
+    Setting the timer starts a thread, and ending it waits for that: 0.1 ms, and 4 on a busy machine, where a picture
+    takes 3. So it is set late, at some time between the earliest deadline and twice its block's time, and left as it
+    is while that holds; once no block has run for a while, a thread of ours takes it back.
+    """
 
     def __init__(self) -> None:
         self.numbers = itertools.count()
-        self._deadlines: dict[int, float] = {}
+        self._running: dict[int, tuple[float, float]] = {}  # deadline, and the latest time for the timer
+        self._timer_at: float | None = None
+        self._idle_since = 0.0
         self._lock = threading.Lock()
+        self._sweeper: threading.Thread | None = None
 
-    def add(self, block: int, deadline: float) -> None:
+    def add(self, block: int, seconds: float) -> None:
         with self._lock:
-            is_earliest = deadline < min(self._deadlines.values(), default=float("inf"))
-            self._deadlines[block] = deadline
-            if is_earliest:
-                self._set_timer()
+            now = time.monotonic()
+            latest = now + 2 * seconds
+            self._running[block] = (now + seconds, latest)
+            if self._timer_at is None or self._timer_at > latest or self._too_early():
+                self._set_timer(now)
 
     def remove(self, block: int) -> None:
         with self._lock:
-            deadline = self._deadlines.pop(block)
-            if deadline <= min(self._deadlines.values(), default=float("inf")):
-                self._set_timer()
+            self._running.pop(block)
+            self._idle_since = now = time.monotonic()
+            if self._running:
+                if self._too_early():
+                    self._set_timer(now)
+            elif self._timer_at is not None and self._timer_at - now < 2 * SWEEP_S:
+                self._cancel_timer()
 
-    def _set_timer(self) -> None:
-        if not self._deadlines:
-            faulthandler.cancel_dump_traceback_later()
-            return
-        left = max(0.001, min(self._deadlines.values()) - time.monotonic())
+    def _too_early(self) -> bool:
+        return self._timer_at is not None and self._timer_at < min(deadline for deadline, _ in self._running.values())
+
+    def _set_timer(self, now: float) -> None:
+        self._timer_at = min(latest for _, latest in self._running.values())
         # To descriptor 2 and not to sys.stderr: a worker may have replaced that by an object without a file.
-        faulthandler.dump_traceback_later(left, exit=True, file=2)
+        faulthandler.dump_traceback_later(max(0.001, self._timer_at - now), exit=True, file=2)
+        if self._sweeper is None or not self._sweeper.is_alive():  # a fork leaves threads behind
+            self._sweeper = threading.Thread(target=self._sweep, daemon=True, name="decoding deadlines")
+            self._sweeper.start()
+
+    def _cancel_timer(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._timer_at = None
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(SWEEP_S)
+            with self._lock:
+                idle = not self._running and time.monotonic() - self._idle_since > SWEEP_S / 2
+                if idle and self._timer_at is not None:
+                    self._cancel_timer()
 
 
 _DEADLINES = _Deadlines()

@@ -273,3 +273,29 @@ def test_many_threads_in_time_come_through() -> None:
 def test_a_time_limit_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="must be positive, but is 0 s"), end_if_stuck(0):
         pass
+
+
+def test_blocks_in_time_leave_the_timer_to_be_taken_back_later() -> None:
+    assert run_worker("""
+        import pipeline.isolation as isolation
+        isolation.SWEEP_S = 0.2
+        for _ in range(3):
+            with end_if_stuck(1.0):
+                pass
+        assert isolation._DEADLINES._timer_at is not None
+        time.sleep(0.6)
+        assert isolation._DEADLINES._timer_at is None
+        time.sleep(2.0)
+    """).stdout == "came through\n"
+
+
+def test_a_block_that_hangs_after_many_in_time_ends_the_process_before_twice_its_time() -> None:
+    began = time.monotonic()
+    assert run_worker("""
+        for _ in range(200):
+            with end_if_stuck(1.0):
+                time.sleep(0.005)
+        with end_if_stuck(1.0):
+            time.sleep(20)
+    """).returncode == 1
+    assert time.monotonic() - began < 15
