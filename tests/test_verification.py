@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline import storage
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.verification.chain import open_chain
 from pipeline.verification.finding import Finding
 from pipeline.verification.part import PartToCheck, check_stored_part
@@ -547,11 +547,6 @@ def test_a_first_run_that_has_not_ended_is_refused_with_what_to_do(tmp_path: Pat
     write_files(str(tmp_path), {"_job-000001.json": World().files()["_job-000001.json"]})
     with pytest.raises(DataError, match="repeat its command"):
         open_chain(str(tmp_path))
-
-
-def test_a_keypoint_dataset_is_refused_with_what_can_be_checked() -> None:
-    with pytest.raises(ConfigError, match="keypoint dataset; verify checks shard datasets"):
-        open_chain(str(ROOT / "tests" / "versions" / "v1" / "keypoints"))
 
 
 def test_a_version_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:

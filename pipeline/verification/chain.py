@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 from pipeline.verification.finding import MOVE, RESTORE, WRITER, Finding, Tell, some
 from pipeline.verification.reading import copy_of, read_parquet, read_stored
 from pipeline.verification.run import Run, read_run
@@ -72,8 +72,8 @@ class Chain:
 def open_chain(uri: str, number: int | None = None) -> Chain:
     """The dataset up to its newest version, or the one of this number, and what is wrong before any part is read.
 
-    Refuses with ConfigError a keypoint dataset; with DataError a place without a shard dataset, a version above the
-    newest, a newer format. What comes after a pinned version explains the objects that are there, and isn't judged.
+    Refuses with DataError a place without a shard dataset, a version above the newest, a newer format. What comes
+    after a pinned version explains the objects that are there, and isn't judged.
     """
     stored = {found.name: found.size for found in storage.list_objects(uri)}
     last = max((int(match[1]) for name in stored if name.startswith("dataset-")
@@ -109,9 +109,6 @@ def _refuse_other_places(uri: str, stored: Mapping[str, int], last: int, number:
         return
     if last:
         raise DataError(f"{uri} has versions 1 to {last}, and no version {number}. Give one of these, or none.")
-    if "_job.json" in stored:
-        raise ConfigError(f"--data {uri} is a keypoint dataset; verify checks shard datasets. Give the --output of "
-                          "a shard run.")
     begun = " A run was begun there: repeat its command to end it." if JOB.format(1) in stored else ""
     raise DataError(f"{uri} holds no shard dataset: {DATASET.format(1)} isn't there.{begun} "
                     "Give the --output of a shard run that has ended.")

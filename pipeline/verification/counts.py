@@ -51,10 +51,15 @@ def count_differences(said: Any, true: Mapping[str, Any]) -> str:
 def differences(said: Mapping[str, Any], expected: Mapping[str, int], reasons: Mapping[str, int]) -> str:
     """In what `said` differs from these counts, and its `reasons` from those; none of a reason is as not naming it."""
     wrong = [f"{name} {said.get(name)} instead of {count}" for name, count in expected.items()
-             if said.get(name) != count]
-    if {reason: count for reason, count in said["reasons"].items() if count} != reasons:
+             if not _is(said.get(name), count)]
+    named = {reason: count for reason, count in said["reasons"].items() if count}
+    if named.keys() != reasons.keys() or not all(_is(named[reason], count) for reason, count in reasons.items()):
         wrong.append(f"reasons {said['reasons']} instead of {dict(reasons)}")
     return ", ".join(wrong)
+
+
+def _is(said: Any, count: int) -> bool:
+    return type(said) is int and said == count  # JSON's true is no 1, and 1.0 none either
 
 
 def add_counts(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def read_json(uri: str, name: str, keys: Mapping[str, Any], expected: str, tell:
         tell(Finding("unreadable", name, "JSON", str(error), RESTORE))
         return None
     refuse_newer(values, storage.join(uri, name))
-    if problems := list(wrong_keys(keys, values)):
+    if problems := list(wrong_format(keys, values)):
         tell(Finding("keys", name, "the keys of its format", some(problems), RESTORE))
         return None
     result: dict[str, Any] = values
@@ -78,6 +78,13 @@ def refuse_newer(values: Any, uri: str) -> None:
     """Refuse (DataError) JSON whose `version` is newer than what this program checks."""
     if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] > FORMAT:
         raise DataError(f"{uri} is of format {values['version']}; this program checks up to {FORMAT}. Update it.")
+
+
+def wrong_format(keys: Mapping[str, Any], values: Any) -> Iterator[str]:
+    """What `wrong_keys` gives, and a `version` that no program ever wrote."""
+    yield from wrong_keys(keys, values)
+    if isinstance(values, dict) and isinstance(values.get("version"), int) and values["version"] < 1:
+        yield f"version: {values['version']}"
 
 
 def wrong_keys(expected: Any, found: Any, where: str = "") -> Iterator[str]:
