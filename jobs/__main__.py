@@ -56,8 +56,8 @@ JOBS = {
         "limit": "only the first N pictures: a trial"}),
     "status": Job("status", settings.StatusConfig, "how far a run is, from its output alone", {
         "output": "the --output of an annotate or shard run"}),
-    "verify": Job("verify", settings.VerifyConfig, "whether a shard dataset is whole and right; names what isn't", {
-        "data": "shard dataset to check"}),
+    "verify": Job("verify", settings.VerifyConfig, "whether a dataset is whole and right; names what isn't", {
+        "data": "shard dataset or keypoint dataset to check: the --output of shard or annotate"}),
     "evaluate": Job("evaluate", settings.EvaluateConfig, "keypoints against annotations: the ten COCO numbers, PCK", {
         "keypoints": "keypoint dataset",
         "annotations": "COCO keypoints JSON with the truth"}),

@@ -166,10 +166,10 @@ class StatusConfig(Settings):
 
 
 class VerifyConfig(Settings):
-    """`verify`: a shard dataset -> what is wrong with it."""
+    """`verify`: a shard dataset or a keypoint dataset -> what is wrong with it."""
 
     data: str
-    version: int | None = Field(None, ge=1, description="of the dataset; default: the newest")
+    version: int | None = Field(None, ge=1, description="of a shard dataset; default: the newest")
     ray: RayConfig = RayConfig()
 
 

@@ -11,11 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import ConfigError, DataError
+from pipeline import storage
+from pipeline.errors import DataError
 from pipeline.verification.chain import open_chain
 from pipeline.verification.finding import Finding
-from pipeline.verification.part import PartToCheck, check_part, check_stored_part
+from pipeline.verification.part import PartToCheck, check_stored_part
+from pipeline.verification.reading import read_stored
 from pipeline.verification.whole import check_whole, parts_to_check
+from tests.fault_proxy import FLIPPED, FaultProxy
 from tests.shard_world import SHARD, World, job_digest, person, picture, plan_json, write_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,15 +137,29 @@ def test_a_copy_of_a_part_is_doubled_and_named_with_its_original(tmp_path: Path)
 
 
 @pytest.mark.parametrize("share", range(64))
-def test_a_flipped_byte_anywhere_in_a_part_is_found(share: int) -> None:
+def test_a_flipped_byte_anywhere_in_a_part_is_found(tmp_path: Path, share: int) -> None:
     world = World()
     data = world.files()[world.names()["C"]]
-    part = PartToCheck(uri="", name="part-0000000-01234567.parquet", version="dataset-000003.json", counts=None,
-                       named_by="dataset-000003.json", sha256=hashlib.sha256(data).hexdigest(), planned=None,
-                       dropped=None, dropped_name="", num_joints=2)
-    assert check_part(part, data).findings == ()
-    findings = check_part(part, flipped(data, share * (len(data) - 1) // 63)).findings
+    part = PartToCheck(uri=str(tmp_path), name="part-0000000-01234567.parquet", version="dataset-000003.json",
+                       counts=None, named_by="dataset-000003.json", sha256=hashlib.sha256(data).hexdigest(),
+                       planned=None, dropped=None, dropped_name="", num_joints=2)
+    write_files(str(tmp_path), {part.object: data})
+    assert check_stored_part(part).findings == ()
+    write_files(str(tmp_path), {part.object: flipped(data, share * (len(data) - 1) // 63)})
+    findings = check_stored_part(part).findings
     assert [(finding.kind, finding.object) for finding in findings] == [("damaged", part.object)]
+
+
+@pytest.mark.parametrize(("times", "kinds"), [(1, []), (2, ["damaged"])])
+def test_damage_in_a_bucket_is_found_by_what_was_kept_and_damage_on_the_way_is_none(
+        bucket: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, times: int, kinds: list[str]) -> None:
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "WHEN_REQUIRED")  # as of a store that keeps no checksum
+    storage.put_if_absent(f"{bucket}/a", b"0123456789")
+    faulty_s3.fail("GET", FLIPPED, times=times)
+    findings: list[Finding] = []
+    data = read_stored(bucket, "a", "an object", findings.append)
+    assert [finding.kind for finding in findings] == kinds
+    assert data == (None if kinds else b"0123456789")
 
 
 @pytest.mark.parametrize("part", ["A", "B", "C"])
@@ -413,7 +430,7 @@ def test_a_key_that_is_live_twice_is_named_with_both_parts(place: str) -> None:
     write_files(place, world.files())
     finding, = verify(place, 2)
     assert finding.kind == "doubled"
-    assert {finding.object, finding.found} == {world.names()["C"], f"'c.jpg' live in {world.names()['B']} too"}
+    assert {finding.object, finding.found} == {world.names()["C"], f"'c.jpg' in {world.names()['B']} too"}
 
 
 def test_keys_whose_hashes_are_equal_are_not_the_same_key(tmp_path: Path) -> None:
@@ -530,11 +547,6 @@ def test_a_first_run_that_has_not_ended_is_refused_with_what_to_do(tmp_path: Pat
     write_files(str(tmp_path), {"_job-000001.json": World().files()["_job-000001.json"]})
     with pytest.raises(DataError, match="repeat its command"):
         open_chain(str(tmp_path))
-
-
-def test_a_keypoint_dataset_is_refused_with_what_can_be_checked() -> None:
-    with pytest.raises(ConfigError, match="keypoint dataset; verify checks shard datasets"):
-        open_chain(str(ROOT / "tests" / "versions" / "v1" / "keypoints"))
 
 
 def test_a_version_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:

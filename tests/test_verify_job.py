@@ -12,8 +12,9 @@ import pytest
 
 from jobs import shard, verify
 from pipeline.config import ShardConfig, VerifyConfig
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.shards import open_shards
+from tests.keypoint_world import KeypointWorld
 from tests.shard_world import World, write_files
 from tests.worlds import NO_TRACKING, write_pictures
 
@@ -115,7 +116,71 @@ def test_the_command_prints_each_finding_and_exits_with_1(tmp_path: Path) -> Non
     assert "2 things are wrong" in answer.stderr
 
 
-def test_a_keypoint_dataset_is_a_wrong_command() -> None:
-    answer = command("--data", str(ROOT / "tests" / "versions" / "v1" / "keypoints"))
-    assert answer.returncode == 2
-    assert "keypoint dataset" in answer.stderr
+@pytest.mark.usefixtures("without_ray")
+def test_a_small_keypoint_dataset_is_verified_without_ray(place: str) -> None:
+    world = KeypointWorld()
+    write_files(place, world.files())
+    assert verify.run(VerifyConfig(data=place)) == {
+        "job": "verify", "data": place, "digest": world.digest, "parts": 3, "rows": 6, "findings": 0, "whole": True}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_keypoint_dataset_of_many_parts_is_verified_by_tasks(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(verify, "FEW_PARTS", 1)
+    world = KeypointWorld()
+    world.rows[1][0]["box_w"] = 0.0
+    write_files(str(tmp_path), world.files())
+    with pytest.raises(DataError, match=r"3 of 3 parts and 6 rows read\): 1 thing is wrong"):
+        verify.run(VerifyConfig(data=str(tmp_path)))
+    assert f"row: {world.part(1)}: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_run_that_has_not_ended_is_not_whole_and_its_parts_are_checked(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = KeypointWorld(sealed=False)
+    files = world.files()
+    del files[world.part(0)]
+    write_files(str(tmp_path), files)
+    unfinished = r"unfinished: 2 of 3 units committed, and no _SUCCESS; run the annotate command again"
+    with pytest.raises(DataError, match=rf"2 of 2 parts and 3 rows read\): {unfinished}\."):
+        verify.run(VerifyConfig(data=str(tmp_path)))
+    assert capsys.readouterr().err == ""
+    world.rows[1][0]["box_w"] = 0.0
+    write_files(str(tmp_path), {world.part(1): world.files()[world.part(1)]})
+    with pytest.raises(DataError, match=rf"{unfinished}; 1 thing is wrong"):
+        verify.run(VerifyConfig(data=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_is_left_of_a_keypoint_dataset_without_its_job_is_named(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = KeypointWorld().files()
+    del files["_job.json"]
+    write_files(str(tmp_path), files)
+    with pytest.raises(DataError, match="1 thing is wrong"):
+        verify.run(VerifyConfig(data=str(tmp_path)))
+    assert capsys.readouterr().err.startswith("missing: _job.json: ")
+
+
+def test_a_version_of_a_keypoint_dataset_is_a_wrong_setting(tmp_path: Path) -> None:
+    write_files(str(tmp_path), KeypointWorld().files())
+    with pytest.raises(ConfigError, match="has no versions"):
+        verify.run(VerifyConfig(data=str(tmp_path), version=1))
+
+
+def test_the_command_verifies_a_keypoint_dataset_too(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "tests" / "versions" / "v1" / "keypoints", tmp_path / "data")
+    whole = command("--data", str(tmp_path / "data"))
+    assert whole.returncode == 0
+    assert json.loads(whole.stdout)["whole"] is True
+    parts = sorted((tmp_path / "data" / "keypoints").iterdir())
+    parts[0].unlink()
+    (tmp_path / "data" / "keypoints" / "stray.parquet").write_bytes(parts[1].read_bytes())
+    answer = command("--data", str(tmp_path / "data"))
+    assert answer.returncode == 1
+    assert answer.stdout == ""
+    assert f"missing: keypoints/{parts[0].name}: " in answer.stderr
+    assert "doubled: keypoints/stray.parquet: " in answer.stderr
+    assert "2 things are wrong" in answer.stderr

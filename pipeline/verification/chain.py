@@ -1,6 +1,5 @@
 """A shard dataset but for its parts' rows: the chain of its versions, what is stored, what is dropped."""
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.errors import ConfigError, DataError
-from pipeline.verification.finding import FOLDER, MOVE, RESTORE, WRITER, Finding, Tell, read_parquet, some
-from pipeline.verification.versions import DATASET, DROPPED, DROPPED_NAME, JOB, Run, Version, read_run, read_version
+from pipeline.errors import DataError
+from pipeline.verification.finding import MOVE, RESTORE, WRITER, Finding, Tell, some
+from pipeline.verification.reading import copy_of, read_parquet, read_stored
+from pipeline.verification.run import Run, read_run
+from pipeline.verification.versions import (
+    DATASET,
+    DROPPED,
+    DROPPED_NAME,
+    EACH_VERSION,
+    FOLDER,
+    JOB,
+    Version,
+    read_version,
+)
 
 _NUMBERED = re.compile(r"(?:dataset-|_job-)(\d{6})\.json")
 STORED_COLUMNS = pa.schema([("part", pa.string()), ("key", pa.string())])
@@ -62,8 +72,8 @@ class Chain:
 def open_chain(uri: str, number: int | None = None) -> Chain:
     """The dataset up to its newest version, or the one of this number, and what is wrong before any part is read.
 
-    Refuses with ConfigError a keypoint dataset; with DataError a place without a shard dataset, a version above the
-    newest, a newer format. What comes after a pinned version explains the objects that are there, and isn't judged.
+    Refuses with DataError a place without a shard dataset, a version above the newest, a newer format. What comes
+    after a pinned version explains the objects that are there, and isn't judged.
     """
     stored = {found.name: found.size for found in storage.list_objects(uri)}
     last = max((int(match[1]) for name in stored if name.startswith("dataset-")
@@ -76,10 +86,11 @@ def open_chain(uri: str, number: int | None = None) -> Chain:
     for each in range(1, last + 2):
         tell = findings.append if each <= number or number == last else _ignore
         version = read_version(uri, each, tell) if each <= last else None
-        run = read_run(uri, each, tell) if each <= last or JOB.format(each) in stored else None
+        job = JOB.format(each)
+        run = read_run(uri, job, EACH_VERSION, tell) if each <= last or job in stored else None
         if version is not None:
             versions[each] = version
-            _compare_run(JOB.format(each), run, version, tell)
+            _compare_run(job, run, version, tell)
         if found := version.run if version else run:
             runs[each] = found
     findings += [*_foreign_parts(uri, stored, versions, runs), *_foreign_others(stored, versions, last)]
@@ -98,9 +109,6 @@ def _refuse_other_places(uri: str, stored: Mapping[str, int], last: int, number:
         return
     if last:
         raise DataError(f"{uri} has versions 1 to {last}, and no version {number}. Give one of these, or none.")
-    if "_job.json" in stored:
-        raise ConfigError(f"--data {uri} is a keypoint dataset; verify checks shard datasets. Give the --output of "
-                          "a shard run.")
     begun = " A run was begun there: repeat its command to end it." if JOB.format(1) in stored else ""
     raise DataError(f"{uri} holds no shard dataset: {DATASET.format(1)} isn't there.{begun} "
                     "Give the --output of a shard run that has ended.")
@@ -130,21 +138,12 @@ def _foreign_parts(uri: str, stored: Mapping[str, int], versions: Mapping[int, V
         known |= version.sha256
     by_size: dict[int | None, dict[str, str]] = defaultdict(dict)
     for name, sha256 in known.items():
-        by_size[stored.get(f"{FOLDER}/{name}")][sha256] = name
+        by_size[stored.get(f"{FOLDER}/{name}")][sha256] = f"{FOLDER}/{name}"
     for path in sorted(stored):
         folder, _, name = path.partition("/")
         if folder == FOLDER and name not in known and not any(run.wrote(name) for run in runs.values()):
-            yield _copy(uri, path, by_size.get(stored[path], {})) or Finding(
+            yield copy_of(uri, path, by_size.get(stored[path], {})) or Finding(
                 "foreign", path, "only parts that a version names or a run has planned", "neither", MOVE)
-
-
-def _copy(uri: str, path: str, same_size: Mapping[str, str]) -> Finding | None:
-    if not same_size:
-        return None
-    sha256 = hashlib.sha256(storage.read_object(storage.join(uri, path))).hexdigest()
-    if sha256 not in same_size:
-        return None
-    return Finding("doubled", path, "each part once", f"a copy of {FOLDER}/{same_size[sha256]}", MOVE)
 
 
 def _foreign_others(stored: Mapping[str, int], versions: Mapping[int, Version], last: int) -> Iterator[Finding]:
@@ -208,15 +207,9 @@ def _read_dropped(chain: Chain, version: Version, tell: Tell) -> pa.Table | None
     """Columns part ("" where it is NULL), key, why; None: it can't be read, and that is told."""
     if version.dropped is None:
         return DROPPED_COLUMNS.empty_table()
-    try:
-        data = storage.read_object(storage.join(chain.uri, version.dropped))
-    except storage.ObjectMissing:
-        tell(Finding("missing", version.dropped, f"what {version.name} names", "no such object", RESTORE))
-        return None
-    sha256 = hashlib.sha256(data).hexdigest()
-    if version.dropped_sha256 not in (None, sha256):
-        tell(Finding("damaged", version.dropped, f"SHA-256 {version.dropped_sha256} ({version.name})", sha256,
-                     RESTORE))
+    data = read_stored(chain.uri, version.dropped, f"what {version.name} names", tell, sha256=version.dropped_sha256,
+                       told_by=version.name)
+    if data is None:
         return None
     table = read_parquet(data, version.dropped, STORED_COLUMNS, tell)
     if table is not None and table["key"].null_count:

@@ -14,7 +14,7 @@ NOT_A_PICTURE = "not_a_picture"
 
 
 def is_picture(row: Row) -> bool:
-    """Whether the row (of `part.check_part`) has the bytes of its object."""
+    """Whether the row (of a part that is checked) has the bytes of its object."""
     return row["num_bytes"] is not None
 
 
@@ -45,11 +45,21 @@ def count_differences(said: Any, true: Mapping[str, Any]) -> str:
         expected["refused"] -= expected["not_pictures"]
         if NOT_A_PICTURE not in said["reasons"]:
             reasons.pop(NOT_A_PICTURE, None)
-    differences = [f"{name} {said.get(name)} instead of {count}" for name, count in expected.items()
-                   if said.get(name) != count]
-    if {reason: count for reason, count in said["reasons"].items() if count} != reasons:
-        differences.append(f"reasons {said['reasons']} instead of {reasons}")
-    return ", ".join(differences)
+    return differences(said, expected, reasons)
+
+
+def differences(said: Mapping[str, Any], expected: Mapping[str, int], reasons: Mapping[str, int]) -> str:
+    """In what `said` differs from these counts, and its `reasons` from those; none of a reason is as not naming it."""
+    wrong = [f"{name} {said.get(name)} instead of {count}" for name, count in expected.items()
+             if not _is(said.get(name), count)]
+    named = {reason: count for reason, count in said["reasons"].items() if count}
+    if named.keys() != reasons.keys() or not all(_is(named[reason], count) for reason, count in reasons.items()):
+        wrong.append(f"reasons {said['reasons']} instead of {dict(reasons)}")
+    return ", ".join(wrong)
+
+
+def _is(said: Any, count: int) -> bool:
+    return type(said) is int and said == count  # JSON's true is no 1, and 1.0 none either
 
 
 def add_counts(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import storage
-from pipeline.errors import DataError
 from pipeline.verification.counts import Row, count_differences, count_rows, is_picture
-from pipeline.verification.finding import FOLDER, FORMAT, RESTORE, WRITER, Finding, read_parquet, some
+from pipeline.verification.finding import RESTORE, WRITER, Finding, some
+from pipeline.verification.keys import Hashes, hash_keys, no_hashes
+from pipeline.verification.plan import compare_keys
+from pipeline.verification.reading import read_parquet, read_stored, refuse_newer
+from pipeline.verification.versions import FOLDER
 
 COLUMNS = pa.schema([
     ("key", pa.string()), ("etag", pa.string()), ("sha256", pa.string()), ("size", pa.int64()),
@@ -27,12 +29,10 @@ COLUMNS = pa.schema([
         ("iscrowd", pa.bool_()), ("num_keypoints", pa.int32()), ("keypoints", pa.list_(pa.float64()))]))),
     ("reason", pa.string()), ("error", pa.string())])
 
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
-
 
 @dataclass(frozen=True)
 class PartToCheck:
-    """A part and what it has to be.
+    """A part of the dataset at `uri`, and what it has to be.
 
     version   the JSON of the version that is checked
     named_by  the newest JSON that names the part, and the SHA-256 that it gives; None: no version names the part
@@ -59,10 +59,6 @@ class PartToCheck:
         return f"{FOLDER}/{self.name}"
 
 
-def _no_hashes() -> Hashes:
-    return np.empty(0, np.uint64)
-
-
 @dataclass(frozen=True)
 class PartReport:
     """What a part is: small, so that the reports of a million parts fit into one process.
@@ -75,32 +71,31 @@ class PartReport:
     name: str
     findings: tuple[Finding, ...]
     rows: int | None = None
-    key_hashes: Hashes = field(default_factory=_no_hashes)
-    picture_hashes: Hashes = field(default_factory=_no_hashes)
+    key_hashes: Hashes = field(default_factory=no_hashes)
+    picture_hashes: Hashes = field(default_factory=no_hashes)
 
 
 def check_stored_part(part: PartToCheck) -> PartReport:
-    """The part, read once and whole, and checked. Trouble with the store passes through as StorageError."""
-    try:
-        return check_part(part, storage.read_object(part.uri))
-    except storage.ObjectMissing:
-        return PartReport(part.name, (missing_part(part.object, part.named_by),))
-    except storage.ObjectForbidden as error:
-        return PartReport(part.name, (Finding("unreadable", part.object, "an object that may be read", str(error),
-                                              "Give this user the right to read it."),))
+    """The part, read once and whole, and checked. What makes its rows unreadable is the only finding then.
+
+    Trouble with the store passes through as StorageError.
+    """
+    findings: list[Finding] = []
+    data = read_stored(part.uri, part.object, _why(part.named_by), findings.append, sha256=part.sha256,
+                       told_by=part.named_by)
+    return PartReport(part.name, tuple(findings)) if data is None else _check_bytes(part, data)
 
 
 def missing_part(name: str, named_by: str | None) -> Finding:
     """The finding for a part that isn't there, though a version names it, or only a plan."""
-    return Finding("missing", name, f"the part that {named_by or 'the plan'} names", "no such object", RESTORE)
+    return Finding("missing", name, _why(named_by), "no such object", RESTORE)
 
 
-def check_part(part: PartToCheck, data: bytes) -> PartReport:
-    """The part's bytes against all that it has to be. What makes its rows unreadable is the only finding then."""
-    sha256 = hashlib.sha256(data).hexdigest()
-    if part.sha256 is not None and sha256 != part.sha256:
-        return PartReport(part.name, (Finding("damaged", part.object, f"SHA-256 {part.sha256} ({part.named_by})",
-                                              sha256, RESTORE),))
+def _why(named_by: str | None) -> str:
+    return f"the part that {named_by or 'the plan'} names"
+
+
+def _check_bytes(part: PartToCheck, data: bytes) -> PartReport:
     findings: list[Finding] = []
     table = read_parquet(data, part.object, COLUMNS, findings.append)
     if table is None:
@@ -202,16 +197,9 @@ def _against_plan(part: PartToCheck, rows: Sequence[Row]) -> Iterator[Finding]:
     if part.planned is None:
         return
     planned = {row["key"]: (row["etag"], row["size"]) for row in part.planned.to_pylist()}
-    differences = {
-        "no row for": [repr(key) for key in planned.keys() - set(keys)],
-        "rows that no plan has:": [repr(key) for key in set(keys) - planned.keys()],
-        "another etag or size than planned:": [
-            repr(row["key"]) for row in rows
-            if row["key"] in planned and planned[row["key"]] != (row["etag"], row["size"])]}
-    for what, names in differences.items():
-        if names:
-            yield Finding("plan", part.object, "the rows that its unit in the plan has",
-                          f"{what} {some(sorted(names))}", WRITER)
+    changed = [row["key"] for row in rows
+               if row["key"] in planned and planned[row["key"]] != (row["etag"], row["size"])]
+    yield from compare_keys(part.object, planned, keys, changed=changed, change="etag or size")
     same_rows = not doubled and set(keys) == planned.keys()
     if same_rows and keys != list(planned) and _is_sorted(rows):
         yield Finding("plan", part.object, "its rows in the plan's order", "another order", WRITER)
@@ -231,15 +219,7 @@ def _lost(part: PartToCheck, rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _against_metadata(part: PartToCheck, rows: Sequence[Row], metadata: Any) -> Iterator[Finding]:
-    if isinstance(metadata, dict) and isinstance(metadata.get("version"), int) and metadata["version"] > FORMAT:
-        raise DataError(f"{part.uri} is of format {metadata['version']}; this program checks up to {FORMAT}. "
-                        "Update it.")
+    refuse_newer(metadata, f"{part.uri}/{part.object}")
     said = metadata.get("counts") if isinstance(metadata, dict) else None
     if wrong := count_differences(said, count_rows(rows)):
         yield Finding("counts", part.object, "its metadata `shard` to count its rows", wrong, WRITER)
-
-
-def hash_keys(keys: set[str]) -> Hashes:
-    """uint64 [n], sorted: the first 8 bytes of each key's SHA-256. 50 million keys are 400 MB."""
-    digests = b"".join(hashlib.sha256(key.encode()).digest()[:8] for key in keys)
-    return np.sort(np.frombuffer(digests, ">u8").astype(np.uint64))
