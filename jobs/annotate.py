@@ -113,7 +113,8 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
     if not missing:
         return 0
     missing = _in_an_order_of_our_own(config.output, missing)
-    progress = Progress(len(missing), budget=config.max_rejected_share * job.plan["pictures"])
+    progress = Progress(len(missing), budget=config.max_rejected_share * job.plan["pictures"],
+                        output=config.output)
     with drivers.Heartbeat(config.output, progress.so_far):
         for pause_s in (*PAUSES_S, None):
             _pass(config, job, choice, missing, progress)

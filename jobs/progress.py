@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from jobs.metrics import RunMetrics
 from pipeline.errors import DataError
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
 from pipeline.units import total_counts
@@ -19,9 +20,11 @@ class Progress:
 
     units   to be done by this run
     budget  pictures that may be rejected
+    output  the run's, by which Ray's metrics name it
     """
 
-    def __init__(self, units: int, *, budget: float) -> None:
+    def __init__(self, units: int, *, budget: float, output: str) -> None:
+        self._metrics = RunMetrics(output)
         self.units, self.budget = units, budget
         self.answered: set[int] = set()  # units with a receipt that says more than that they failed
         self.failed: dict[int, Receipt] = {}
@@ -46,6 +49,7 @@ class Progress:
         if receipt.outcome == COMMITTED:
             self.committed += 1
             self.counts = total_counts([self.counts, receipt.counts])
+        self._metrics.tell(self.so_far())
         refuse_too_many_rejected(self.counts, self.budget)
         self._tell()
 

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 
 from jobs import annotate, annotate_pool
 from pipeline import storage
@@ -41,8 +43,22 @@ def test_a_pool_of_actors_gives_the_rows_that_one_process_gives(
         monkeypatch.setattr(module, name, instead)
     annotate.run(config(world, str(tmp_path / "one"), threads=1))
     assert result["units_annotated"] == 12
+    assert metric("ray_pose_annotate_pictures", str(tmp_path / "pool")) == 12
     assert rows(str(tmp_path / "pool")).equals(rows(str(tmp_path / "one")))
     assert not list((tmp_path / "pool" / "_drivers").iterdir())
+
+
+def metric(name: str, output: str) -> float:
+    """What Ray's Prometheus endpoint says of a run, once it does."""
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        text = urllib.request.urlopen(address, timeout=10).read().decode()
+        found = [line for line in text.splitlines() if line.startswith(f"{name}{{") and f'"{output}"' in line]
+        if found:
+            return float(found[-1].rpartition(" ")[2])
+        time.sleep(0.5)
+    raise AssertionError(f"Ray gave no {name}")
 
 
 def test_a_killed_run_goes_on_where_it_was_without_reading_finished_units_again(

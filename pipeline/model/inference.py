@@ -7,6 +7,7 @@ are compared with. Speed and effect on keypoints: benchmarks/RESULTS.md.
 import copy
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def _openvino(network: MSPN, precision: str, batch_size: int, threads: int | Non
 
     width, height = network.config.input_size_wh
     example = torch.zeros(batch_size, 3, height, width)
-    traced = openvino.convert_model(_Finest(network), example_input=example, input=[tuple(example.shape)])
+    with warnings.catch_warnings():  # tracing, which the converter does, is out of fashion; our sizes are fixed
+        warnings.simplefilter("ignore")
+        traced = openvino.convert_model(_Finest(network), example_input=example, input=[tuple(example.shape)])
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision], "NUM_STREAMS": 1}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
