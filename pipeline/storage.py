@@ -212,7 +212,7 @@ def prove_put_if_absent(prefix_uri: str) -> None:
 def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """The pyarrow filesystem and the path in it, from the same settings as every other function here.
 
-    Each call makes one with the credentials of now. Those of instance and container roles and of web identities are
+    Each call gives one with the credentials of now. Those of instance and container roles and of web identities are
     renewed by the filesystem itself, however long it is kept; other temporary ones (SSO, an assumed role) end in it
     when they end: ask for a new filesystem then, rather than keep one for hours.
     """

@@ -191,15 +191,19 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """
     import pyarrow.fs
 
+    global _filesystem
     connection = _connection()
     endpoint = urlsplit(connection.client.meta.endpoint_url)
     settings: dict[str, Any] = {
         "scheme": endpoint.scheme, "endpoint_override": endpoint.netloc.rpartition("@")[2] + endpoint.path.rstrip("/"),
         "region": connection.client.meta.region_name, "request_timeout": READ_TIMEOUT_S,
-        "connect_timeout": CONNECT_TIMEOUT_S, "tls_ca_file_path": connection.session.get_config_variable("ca_bundle"),
-        "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=connection.attempts)}
+        "connect_timeout": CONNECT_TIMEOUT_S, "tls_ca_file_path": connection.session.get_config_variable("ca_bundle")}
     settings |= _retried(uri, lambda: _arrow_credentials(connection.session))
-    return pyarrow.fs.S3FileSystem(**settings), uri[5:]
+    known = (os.getpid(), connection.attempts, *settings.items())
+    if _filesystem is None or _filesystem[0] != known:
+        retries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=connection.attempts)
+        _filesystem = known, pyarrow.fs.S3FileSystem(**settings, retry_strategy=retries)
+    return _filesystem[1], uri[5:]
 
 
 # --- the client ---------------------------------------------------------------------------------------------------
@@ -209,6 +213,8 @@ _SETTINGS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFA
              "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_MAX_ATTEMPTS",
              "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
 _connections: dict[tuple[int, ...], _Connection] = {}
+# the newest pyarrow filesystem, for as long as settings and credentials are the same: it keeps its connections open
+_filesystem: "tuple[tuple[Any, ...], pyarrow.fs.S3FileSystem] | None" = None
 _connecting = threading.Lock()
 
 
