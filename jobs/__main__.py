@@ -63,8 +63,8 @@ JOBS = {
         "annotations": "COCO keypoints JSON with the truth"}),
     "export": Job("export", settings.ExportConfig, "keypoints in another tool's format", {
         "keypoints": "keypoint dataset",
-        "to": "format: coco-results",
-        "output": "file to write"}),
+        "to": "format: coco-results, coco-annotations, cvat, label-studio, fiftyone, yolo-pose",
+        "output": "file to write; a .zip for cvat, label-studio and yolo-pose"}),
     "preview": Job("preview", settings.PreviewConfig, "one HTML page with skeletons drawn over pictures", {
         "keypoints": "keypoint dataset",
         "output": "folder for the page",

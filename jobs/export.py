@@ -6,24 +6,30 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import ExportConfig, locations
 from pipeline.errors import ConfigError
-from pipeline.export import export_keypoints, person_rows
+from pipeline.export import ExportOptions, export_keypoints, refuse_unused
 from pipeline.keypoints import read_keypoints
 
 logger = logging.getLogger("jobs.export")
+NOT_EXPORTED = ("etag", "sha256", "reason", "error", "job")  # half of what a row takes in memory, and in no format
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Write the file; gives the number of persons, and where it is. An existing file is refused."""
+    """Write the file; gives the numbers of pictures and persons, and where it is. An existing file is refused."""
+    refuse_unused(config.to, config.model_fields_set - {"keypoints", "to", "output"})
     config = locations(config, "keypoints", "output")
     if storage.exists(config.output):
         raise _taken(config.output)
-    table, metadata = read_keypoints(config.keypoints)
-    data = export_keypoints(table, config.to, skeleton=metadata.skeleton)
-    if not storage.put_if_absent(config.output, data):
+    table, metadata = read_keypoints(config.keypoints, without=NOT_EXPORTED)
+    model = " ".join(str(metadata.model[part]) for part in ("name", "version") if metadata.model.get(part))
+    options = ExportOptions(min_score=config.min_score, low_joints=config.low_joints, image_prefix=config.image_prefix,
+                            empty_pictures=config.empty_pictures, model=model)
+    exported = export_keypoints(table, config.to, skeleton=metadata.skeleton, options=options)
+    if not storage.put_if_absent(config.output, exported.data):
         raise _taken(config.output)
-    num_persons = person_rows(table).num_rows
-    logger.info("%d persons written to %s (%s)", num_persons, config.output, config.to)
-    return {"output": config.output, "to": config.to, "persons": num_persons, "bytes": len(data)}
+    logger.info("%d persons in %d pictures written to %s (%s)", exported.persons, exported.pictures, config.output,
+                config.to)
+    return {"output": config.output, "to": config.to, "pictures": exported.pictures, "persons": exported.persons,
+            "left_out": exported.left_out, "bytes": len(exported.data)}
 
 
 def _taken(output: str) -> ConfigError:

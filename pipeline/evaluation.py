@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.coco import PERSON_CATEGORY
 from pipeline.errors import DataError
-from pipeline.export import PERSON_CATEGORY, coco_results, joint_array, person_rows
+from pipeline.export import coco_results, joint_array, person_rows
 from pipeline.pose.skeleton import Skeleton
 
 # the order of COCOeval's `stats` for keypoints

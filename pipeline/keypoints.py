@@ -4,7 +4,7 @@ It knows the form of the output, and neither how rows are computed nor by whom.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,10 @@ def pose_metadata(footer: pq.FileMetaData) -> dict[str, Any]:
     return pose
 
 
-def read_keypoints(uri: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, KeypointMetadata]:
+def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:
     """The rows that are committed so far, sorted by (key, person_index), and what they say of themselves.
 
+    Columns that are named in `without` are not read.
     Refuses (DataError) a place without any part, and parts of a newer version.
     """
     uri = storage.normalise(uri)
@@ -70,9 +71,8 @@ def read_keypoints(uri: str, columns: Sequence[str] | None = None) -> tuple[pa.T
                         "Give the --output of an annotate run that has committed at least one unit.")
     fragments = ds.dataset([f"{path}/{name}" for name in parts], filesystem=filesystem, format="parquet")
     poses = [pose_metadata(fragment.metadata) for fragment in fragments.get_fragments()]
-    table = fragments.to_table(columns=None if columns is None else list(columns))
-    if columns is None or {"key", "person_index"} <= set(columns):
-        table = table.sort_by([("key", "ascending"), ("person_index", "ascending")])
+    table = fragments.to_table(columns=[name for name in fragments.schema.names if name not in without])
+    table = table.sort_by([("key", "ascending"), ("person_index", "ascending")])
     first = poses[0]
     metadata = KeypointMetadata(Skeleton.from_json(first["skeleton"]),
                                 total_counts(pose["counts"] for pose in poses), first["model"],

@@ -112,7 +112,23 @@ def test_every_format_of_the_command_line_is_in_the_registry():
 
 def test_numbers_are_written_short():
     data = export_keypoints(keypoint_rows([{"image_id": 1, "score": 0.5, "keypoints": POINTS}], TORSO3),
-                            "coco-results", skeleton=TORSO3)
+                            "coco-results", skeleton=TORSO3).data
 
     assert json.loads(data)[0]["keypoints"][6] == 12.3
     assert b"12.3," in data
+
+
+def test_a_setting_that_the_format_has_no_use_for_is_refused_by_name(tmp_path):
+    keys = write_keypoints(tmp_path / "keypoints", [picture("a.jpg", 1, scores=(0.5,))])
+
+    with pytest.raises(ConfigError, match="--to coco-results has no use for min_score; its settings: none"):
+        run(ExportConfig(keypoints=keys, to="coco-results", output=str(tmp_path / "file"), min_score=0.7))
+
+
+def test_the_job_says_how_many_pictures_and_persons_the_file_holds(tmp_path):
+    keys = write_keypoints(tmp_path / "keypoints", [picture("a.jpg", 1, scores=(0.5, 0.9)), picture("b.jpg", 2)])
+
+    result = run(ExportConfig(keypoints=keys, to="yolo-pose", output=str(tmp_path / "yolo.zip")))
+
+    assert (result["pictures"], result["persons"], result["left_out"]) == (2, 2, 0)
+    assert result["bytes"] == (tmp_path / "yolo.zip").stat().st_size
