@@ -1,11 +1,13 @@
-"""Planning millions of objects: time, memory of the driver, and how both grow.
+"""Planning millions of objects, and resuming with many units done: time, memory of the driver, and how both grow.
 
-    python -m benchmarks.planning [--listed 100000 1000000] [--inventory 10000000] [--latency-ms 30]
+    python -m benchmarks.planning [--listed 100000 1000000] [--inventory 10000000] [--resumed 100000 1000000]
+                                  [--latency-ms 30]
 
 What is measured is what `shard` does before its first part: list (or read an inventory), compare with the version
 that is there, assign to shards, freeze the plan. The listing comes from a server that answers ListObjectsV2 from a
 formula, each page after a latency, so that nothing has to be filled; nested (10,000 objects in each folder) and flat.
-Each row is a process of its own; memory is its peak above what it had before it began.
+Resumed is what `annotate` does before the first unit that is left, of a run in which all others are committed: one
+listing of the parts. Each row is a process of its own; memory is its peak above what it had before it began.
 """
 
 import argparse
@@ -26,10 +28,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+DIGEST = "0123abcd"  # the first 8 digits of a job's
 SIZE, ETAG = 120_000, "9a0364b9e99bb480dd25e1f0284c8555"
 KEYS: dict[str, Callable[[int], str]] = {
     "nested": lambda index: f"pictures/{index // 10_000:06d}/{index:012d}.jpg",
-    "flat": lambda index: f"pictures/{index:012d}.jpg"}
+    "flat": lambda index: f"pictures/{index:012d}.jpg",
+    "parts": lambda index: f"pictures/keypoints/part-{index:07d}-{DIGEST}.parquet"}
 ROWS_PER_GROUP = 1_000_000
 
 
@@ -38,14 +42,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--listed", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--inventory", type=int, nargs="*", default=[1_000_000, 10_000_000])
+    parser.add_argument("--resumed", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--latency-ms", type=float, default=30)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--units", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(plan_one(options.one)))
+        print(json.dumps(resume_one(options.one, options.units) if options.units else plan_one(options.one)))
         return 0
     print(f"{'source':>10} {'objects':>10} {'seconds':>8} {'objects/s':>10} {'MB above base':>14} {'shards':>7}")
-    for kind in KEYS:
+    for kind in ("nested", "flat"):
         for count in options.listed:
             with listing_server(kind, count, options.latency_ms / 1000) as endpoint:
                 report(kind, count, "s3://listed/pictures", endpoint)
@@ -53,14 +59,17 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             write_inventory(Path(folder, "inventory.parquet"), count)
             report("inventory", count, f"{folder}/inventory.parquet", "http://127.0.0.1:1")
+    for count in options.resumed:
+        with listing_server("parts", count, options.latency_ms / 1000) as endpoint:
+            report("parts", count, "s3://listed/pictures", endpoint, "--units", str(count + 1))
     return 0
 
 
-def report(kind: str, count: int, images: str, endpoint: str) -> None:
+def report(kind: str, count: int, images: str, endpoint: str, *more: str) -> None:
     """Plan in a process of its own; one row of the table."""
     environment = {**os.environ, "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
                    "AWS_DEFAULT_REGION": "us-east-1"}
-    command = [sys.executable, "-m", "benchmarks.planning", "--one", images]
+    command = [sys.executable, "-m", "benchmarks.planning", "--one", images, *more]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)
     assert found["objects"] == count, found
@@ -82,6 +91,19 @@ def plan_one(images: str) -> dict[str, float]:
         assert job is not None
         return {"objects": job.plan["pictures"], "shards": job.num_units, "seconds": time.monotonic() - began,
                 "mb": resident_mb("VmHWM") - base}
+
+
+def resume_one(output: str, units: int) -> dict[str, float]:
+    """Find the units of a run that are left; as `plan_one`, with the parts as objects, and the units left as shards."""
+    from jobs.annotate import missing_units
+    from pipeline.units import FrozenJob
+
+    job = FrozenJob(DIGEST, {}, {}, {"units": units}, {})
+    base = resident_mb("VmRSS")
+    began = time.monotonic()
+    missing = missing_units(output, job)
+    return {"objects": units - len(missing), "shards": len(missing), "seconds": time.monotonic() - began,
+            "mb": resident_mb("VmHWM") - base}
 
 
 def resident_mb(what: str) -> float:

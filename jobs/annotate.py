@@ -107,7 +107,7 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
     What the service made fail is begun again after a pause; units that ended their process are done with care.
     Refuses (OSError) to go on when units are left after that.
     """
-    missing = _missing_units(config.output, job)
+    missing = missing_units(config.output, job)
     logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
                 len(missing))
     if not missing:
@@ -119,7 +119,7 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
         for pause_s in (*PAUSES_S, None):
             _pass(config, job, choice, missing, progress)
             passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
-            missing = _missing_units(config.output, job)
+            missing = missing_units(config.output, job)
             if not passing or pause_s is None:
                 break
             logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
@@ -130,7 +130,8 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
     return progress.committed
 
 
-def _missing_units(output: str, job: FrozenJob) -> list[int]:
+def missing_units(output: str, job: FrozenJob) -> list[int]:
+    """The units without a part, ascending, from one listing."""
     return sorted(set(range(job.num_units)) - committed_units(output, keypoints.FOLDER, job))
 
 
@@ -150,7 +151,7 @@ def _pass(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, unit
     """The units once through the pool, and those that ended their process once more, with care."""
     if not _take_receipts(_receipts(config, job, choice, units), progress):
         return
-    crashed = sorted(set(_missing_units(config.output, job)).intersection(units) - progress.failed.keys())
+    crashed = sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
     if crashed:
         logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
                        "their own", len(crashed))

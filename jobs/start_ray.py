@@ -109,6 +109,13 @@ def _unseen(objects: dict[str, str]) -> list[str]:
     return [uri for uri, one in found.items() if one is None or one.etag != objects[uri]]
 
 
+def num_nodes() -> int:
+    """Nodes of the connected cluster that are alive."""
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def num_gpus() -> int:
     """GPUs in the connected cluster."""
     import ray
