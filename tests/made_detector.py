@@ -1,8 +1,8 @@
 """A detector file made by hand, with YOLOX's layout: whatever is bright is a person, a box for each bright cell.
 
 64x64 pixels; on each of the three grids a convolution as large as its cell gives (0.5, 0.5, 0, 0, brightness, 1): the
-box is the cell itself, its score the cell's mean brightness / 255. ONNX is a protocol buffer, written here field by field
-(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto), so that no ONNX library is needed.
+box is the cell itself, its score the cell's mean brightness / 255. ONNX is a protocol buffer, written here field by
+field (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto), so that no ONNX library is needed.
 """
 
 import struct
