@@ -181,6 +181,7 @@ def _open_onnxruntime(data: bytes, threads: int) -> Callable[[Array], Array]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # actors share cores
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda blob: np.asarray(session.run(None, {name: blob})[0])

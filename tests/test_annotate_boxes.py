@@ -47,9 +47,10 @@ def write_boxes(path: Path, names: list[str], first_x: float = 5) -> None:
 
 
 def config(world: Path, output: Path, **settings: object) -> AnnotateConfig:
-    return AnnotateConfig(**{"input": str(world / "in" / "images"), "model": str(world / "model"),
-                             "output": str(output), "boxes": str(world / "boxes.parquet"),
-                             "tracking": NO_TRACKING, "actors": 1, "pictures_per_unit": 4, "backend": "cpu", "max_rejected_share": 1, **settings})
+    return AnnotateConfig(**{
+        "input": str(world / "in" / "images"), "model": str(world / "model"), "output": str(output),
+        "boxes": str(world / "boxes.parquet"), "tracking": NO_TRACKING, "actors": 1, "pictures_per_unit": 4,
+        "backend": "cpu", "max_rejected_share": 1, **settings})
 
 
 def detecting(world: Path, output: Path, **settings: object) -> AnnotateConfig:
