@@ -27,7 +27,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; say make PYTHON=python3.12")'
 	@echo "Installing the pinned packages into .venv (a few minutes at first) ..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,openvino]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,openvino,detect]'
 	@touch $@
 
 # the versions of everything installed, for a set that is known to work together

@@ -50,7 +50,9 @@ JOBS = {
         "input": "shard dataset, prefix of pictures, or a Parquet/CSV list of URIs",
         "model": "model directory, runs:/... or models:/name@alias",
         "output": "where the keypoint dataset goes; the same command again continues there",
-        "boxes": "annotated, whole-image, or a COCO detections JSON",
+        "boxes": "annotated, whole-image, detect, or the URI of boxes: a COCO detections JSON, a Parquet file, or a "
+                 "prefix of Parquet files",
+        "detector": "for --boxes detect: an ONNX file with YOLOX's layout",
         "reuse": "an earlier output: what would come out the same is copied from it, not computed",
         "exclude": "a file with keys to leave out, one on each line",
         "limit": "only the first N pictures: a trial"}),

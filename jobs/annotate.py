@@ -4,6 +4,7 @@ One unit becomes one object, put if absent: that it exists is the commit. So the
 missing, whatever ended the run before.
 """
 
+import dataclasses
 import logging
 import random
 import tempfile
@@ -12,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.annotate_pool import UnitTask, annotate_units
+from jobs.annotate_pool import UnitTask, annotate_units, pool_sizes
 from jobs.progress import Progress, refuse_too_many_rejected
 from jobs.record import record_run
 from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import count_parts, seal, sealed_counts
+from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
 from pipeline.config import AnnotateConfig, locations
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
@@ -35,18 +37,18 @@ FAILURES_IN_A_ROW = 20  # without a unit in between that went well: the service 
 
 def run(config: AnnotateConfig) -> dict[str, Any]:
     """Annotate the input; gives the counts, and where the dataset is."""
-    config = locations(config, "input", "output", "reuse", "exclude")
+    config = locations(config, "input", "output", "reuse", "exclude", "detector")
     for other in filter(None, (config.input, config.reuse)):
         storage.refuse_overlap(other, config.output)
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
-            job, choice = _freeze(config, model)
+            job = _freeze(config, model)
             if (counts := sealed_counts(config.output)) is not None:
                 logger.info("%s is complete; nothing was done", config.output)
                 return _result(config.output, job, counts, committed=0)
-            committed = _annotate_missing_units(config, job, choice)
+            committed = _annotate_missing_units(config, job)
     counts = _seal(config, job)
     result = _result(config.output, job, counts, committed=committed)
     record_run(config.tracking, "annotate", counts=result["counts"], dataset=(config.output, job.digest),
@@ -57,7 +59,7 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
 # --- freezing -----------------------------------------------------------------------------------------------------
 
 
-def _freeze(config: AnnotateConfig, model: FoundModel) -> tuple[FrozenJob, inputs.BoxChoice]:
+def _freeze(config: AnnotateConfig, model: FoundModel) -> FrozenJob:
     """The run's plan and intent: those that stand at the output, or new ones, frozen there now."""
     job = open_job(config.output)
     exclude = read_keys(config.exclude, flag="--exclude") if config.exclude else []
@@ -65,23 +67,26 @@ def _freeze(config: AnnotateConfig, model: FoundModel) -> tuple[FrozenJob, input
     source = inputs.describe_input(config.input, exclude, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
-    choice = inputs.choose_boxes(config.boxes, source, config.output,
-                                 min_score=config.min_box_score, max_persons=config.max_persons)
-    intent = _intent(config, model.directory, choice, {} if job is None else job.intent)
-    if config.reuse:
-        open_earlier(config.reuse, intent)
-    if job is None:
-        units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit,
-                                  exclude=exclude)
-        put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
-        about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
-        job = freeze_job(config.output, units, input=source, intent=intent, about=about)
-        logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
-    refuse_other_intent(job, config.output, input=source, intent=intent)
-    return job, choice
+    asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
+    with choose_boxes(asked, source, config.output, job) as boxes:
+        intent = _intent(config, model.directory, boxes.choice, {} if job is None else job.intent)
+        if config.reuse:
+            open_earlier(config.reuse, intent)
+        if job is None:
+            units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit,
+                                      exclude=exclude)
+            put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
+            about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
+            job = freeze_job(config.output, units, input=source, intent=intent, about=about | boxes.about,
+                             before_commit=boxes.freeze)
+            logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+        refuse_other_intent(job, config.output, input=source, intent=intent)
+        if sealed_counts(config.output) is None:
+            boxes.freeze(job)  # a run that an earlier program began has its boxes in another form
+    return job
 
 
-def _intent(config: AnnotateConfig, model: Path, choice: inputs.BoxChoice, frozen: dict[str, Any]) -> dict[str, Any]:
+def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict[str, Any]) -> dict[str, Any]:
     """All that can change a row, with `auto` resolved: by the frozen run, else by the cluster at hand."""
     from pipeline.model.directory import model_digest
     from pipeline.model.inference import cpu_backend
@@ -94,14 +99,15 @@ def _intent(config: AnnotateConfig, model: Path, choice: inputs.BoxChoice, froze
         "threads": config.threads or (1 if num_cpus() <= 4 else 4)}
     automatic = [name for name in resolved if getattr(config, name) in (None, "auto")]
     resolved |= {name: frozen[name] for name in automatic if name in frozen}
-    return {name: getattr(config, name) for name in given} | resolved | {
+    added = {"oks_nms": config.oks_nms} if config.oks_nms is not None else {}
+    return {name: getattr(config, name) for name in given} | added | resolved | {
         "boxes": choice.intent(), "model": model_digest(model), "row_version": ROW_VERSION}
 
 
 # --- annotating ---------------------------------------------------------------------------------------------------
 
 
-def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice) -> int:
+def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> int:
     """Every unit without a part, through the actor pool; how many were committed by this run.
 
     What the service made fail is begun again after a pause; units that ended their process are done with care.
@@ -117,7 +123,7 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob, choice: inpu
                         output=config.output)
     with drivers.Heartbeat(config.output, progress.so_far):
         for pause_s in (*PAUSES_S, None):
-            _pass(config, job, choice, missing, progress)
+            _pass(config, job, missing, progress)
             passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
             missing = missing_units(config.output, job)
             if not passing or pause_s is None:
@@ -146,16 +152,16 @@ def _in_an_order_of_our_own(output: str, units: list[int]) -> list[int]:
     return random.sample(units, len(units))
 
 
-def _pass(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, units: list[int],
+def _pass(config: AnnotateConfig, job: FrozenJob, units: list[int],
           progress: Progress) -> None:
     """The units once through the pool, and those that ended their process once more, with care."""
-    if not _take_receipts(_receipts(config, job, choice, units), progress):
+    if not _take_receipts(_receipts(config, job, units), progress):
         return
     crashed = sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
     if crashed:
         logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
                        "their own", len(crashed))
-        _take_receipts(_receipts(config, job, choice, crashed, careful=True), progress)
+        _take_receipts(_receipts(config, job, crashed, careful=True), progress)
 
 
 def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
@@ -167,14 +173,15 @@ def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
     return True
 
 
-def _receipts(config: AnnotateConfig, job: FrozenJob, choice: inputs.BoxChoice, units: list[int], *,
+def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
               careful: bool = False) -> Iterator[Receipt]:
     earlier: dict[int, list[str]] = {}
     if config.reuse:
         earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse, job.intent), config.output, job,
                                      sorted(units)))
     tasks = [UnitTask(unit, tuple(earlier.get(unit, ()))) for unit in units]
-    return annotate_units(config.output, job, choice, tasks, actors=config.actors, reuse=config.reuse, careful=careful)
+    pool = pool_sizes(job, actors=config.actors, detectors=config.detectors)
+    return annotate_units(config.output, job, tasks, pool=pool, reuse=config.reuse, careful=careful)
 
 
 def _refuse_units_left(job: FrozenJob, missing: list[int], progress: Progress) -> None:

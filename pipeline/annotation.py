@@ -15,8 +15,10 @@ import numpy as np
 from pipeline import storage
 from pipeline.ahead import map_ahead
 from pipeline.images import REASONS, PictureRefused, Pixels, decode_picture
+from pipeline.pose.oks import suppress_poses
+from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import CroppedPersons, Predictor
-from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes
+from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes, person_scores
 
 Array = np.ndarray[Any, Any]
 
@@ -37,11 +39,40 @@ class PictureToAnnotate:
     earlier: AnnotatedPicture | None = None
 
 
+@dataclass(frozen=True)
+class DecodedPicture:
+    """A picture that has to be looked at: the row's values, with sha256, width and height; uint8 [H, W, 3] BGR."""
+
+    picture: dict[str, Any]
+    image_bgr: Pixels
+
+
+def decode_unless_known(task: PictureToAnnotate,
+                        decode: Callable[[bytes], Pixels]) -> DecodedPicture | AnnotatedPicture:
+    """The picture, decoded; or what became of it: refused now, or the same as an earlier run has seen."""
+    if (kept := _unchanged(task)) is not None:
+        return kept
+    picture = task.picture
+    try:
+        data = task.read()
+        # a shard's pictures were checked with the shard: hashing them again would take a fifth of decoding's time
+        picture = picture | {"sha256": picture["sha256"] or hashlib.sha256(data).hexdigest()}
+        if (kept := _unchanged(replace(task, picture=picture))) is not None:
+            return kept
+        image_bgr = decode(data)
+    except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
+        return AnnotatedPicture(picture, REJECTED, storage.reason_of(error), str(error))
+    height, width = image_bgr.shape[:2]
+    return DecodedPicture(picture | {"width": width, "height": height}, image_bgr)
+
+
 def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predictor, *,
-                      decode: Callable[[bytes], Pixels] = decode_picture) -> list[AnnotatedPicture]:
+                      decode: Callable[[bytes], Pixels] = decode_picture,
+                      oks_nms: float | None = None) -> list[AnnotatedPicture]:
     """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once.
 
-    decode  bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+    decode   bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+    oks_nms  a person whose pose is more like a better one's than this OKS is left out
 
     What an earlier run made of the same bytes with the same boxes is copied; with the same ETag it isn't even read.
     """
@@ -57,7 +88,8 @@ def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predicto
                 opened[-1] = (opened[-1][0], replace(persons, crops=persons.crops[:0]))
 
     joints, scores = predictor.predict_crops(crops())
-    return list(_with_joints(opened, joints, scores, predictor))
+    annotated = _with_joints(opened, joints, scores, predictor)
+    return [one if oks_nms is None else _suppressed(one, predictor.skeleton, oks_nms) for one in annotated]
 
 
 def usable_boxes(boxes: Boxes, width: int, height: int) -> Boxes:
@@ -86,7 +118,7 @@ def whole_image_box(width: int, height: int) -> Boxes:
 def strongest_boxes(boxes: Boxes, *, min_score: float, max_persons: int | None) -> Boxes:
     """Those of at least `min_score`, at most `max_persons` of them by score, in their own order."""
     order = np.argsort(-boxes.scores, kind="stable")
-    order = np.sort(order[boxes.scores[order] >= min_score][:max_persons])
+    order = np.sort(order[~(boxes.scores[order] < min_score)][:max_persons])  # NaN stays, to be refused and counted
     return Boxes(boxes.ids[order], boxes.xywh[order], boxes.scores[order])
 
 
@@ -111,21 +143,11 @@ def _raise(error: Exception) -> bytes:
 
 def _open(task: PictureToAnnotate, predictor: Predictor,
           decode: Callable[[bytes], Pixels]) -> tuple[AnnotatedPicture, CroppedPersons | None]:
-    if (kept := _unchanged(task)) is not None:
-        return kept, None
-    picture = task.picture
-    try:
-        data = task.read()
-        # a shard's pictures were checked with the shard: hashing them again would take a fifth of decoding's time
-        picture = picture | {"sha256": picture["sha256"] or hashlib.sha256(data).hexdigest()}
-        if (kept := _unchanged(replace(task, picture=picture))) is not None:
-            return kept, None
-        image_bgr = decode(data)
-    except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
-        return AnnotatedPicture(picture, REJECTED, storage.reason_of(error), str(error)), None
-    height, width = image_bgr.shape[:2]
-    opened = _judge_boxes(picture | {"width": width, "height": height}, task.boxes(width, height))
-    return opened, predictor.crop_persons(image_bgr, opened.boxes.xywh) if opened.status == OK else None
+    decoded = decode_unless_known(task, decode)
+    if isinstance(decoded, AnnotatedPicture):
+        return decoded, None
+    opened = _judge_boxes(decoded.picture, task.boxes(decoded.picture["width"], decoded.picture["height"]))
+    return opened, predictor.crop_persons(decoded.image_bgr, opened.boxes.xywh) if opened.status == OK else None
 
 
 def _judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
@@ -180,3 +202,16 @@ def _with_joints(opened: Sequence[tuple[AnnotatedPicture, CroppedPersons | None]
         start = of_picture.stop
         yield replace(picture, joints_xy=predictor.to_picture(joints[of_picture], persons),
                       joint_scores=scores[of_picture])
+
+
+def _suppressed(picture: AnnotatedPicture, skeleton: Skeleton, threshold: float) -> AnnotatedPicture:
+    """Without the poses that a better one makes superfluous; what an earlier run made is done with."""
+    if picture.joints_xy is None or picture.joint_scores is None or picture.reused:
+        return picture
+    boxes = picture.boxes
+    kept = suppress_poses(picture.joints_xy, boxes.xywh[:, 2:].prod(axis=1),
+                          person_scores(boxes.scores, picture.joint_scores), sigmas=skeleton.sigmas,
+                          threshold=threshold)
+    return replace(picture, boxes=Boxes(boxes.ids[kept], boxes.xywh[kept], boxes.scores[kept]),
+                   joints_xy=picture.joints_xy[kept], joint_scores=picture.joint_scores[kept],
+                   suppressed=len(boxes.ids) - len(kept))

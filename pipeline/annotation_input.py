@@ -1,4 +1,4 @@
-"""What an annotation run reads: a shard dataset, a prefix of pictures, or a list of URIs; and who makes the boxes.
+"""What an annotation run reads: a shard dataset, a prefix of pictures, or a list of URIs.
 
 Each kind of input gives two things: the units of the plan, and the pictures of one planned unit.
 """
@@ -6,54 +6,24 @@ Each kind of input gives two things: the units of the plan, and the pictures of 
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import shards, storage
-from pipeline.annotation import (
-    PictureToAnnotate,
-    annotated_boxes,
-    read_ahead,
-    strongest_boxes,
-    whole_image_box,
-)
-from pipeline.coco import parse_detections
-from pipeline.errors import ConfigError, DataError
+from pipeline.annotation import PictureToAnnotate, read_ahead
+from pipeline.boxes import BoxSource
+from pipeline.errors import DataError
 from pipeline.images import PictureRefused
 from pipeline.inventory import LIST_SCHEMA, is_list, read_list
-from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture, Boxes
+from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture
 from pipeline.shard_plan import listed_tables, refuse_repeated
 
 READERS = 16  # objects read at once for a unit
 NEIGHBOURS = 3  # objects that are tried before a refusal is taken to be about one object
 SHARDS, PREFIX, LIST = "shards", "prefix", "list"
-ANNOTATED, WHOLE_IMAGE, DETECTIONS = "annotated", "whole-image", "detections"
-BOX_SCHEMA = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
-                        ("score", pa.float64())])
-
-
-@dataclass(frozen=True)
-class BoxChoice:
-    """Who makes the boxes, and the digest of what they come from; `detections` is where the frozen copy lies."""
-
-    kind: str
-    digest: str | None = None
-    detections: str | None = None
-    min_score: float = 0.0
-    max_persons: int | None = None
-
-    def intent(self) -> dict[str, Any]:
-        """What of it can change a row."""
-        return {"kind": self.kind, "digest": self.digest, "min_score": self.min_score, "max_persons": self.max_persons}
-
-
-# --- the input ----------------------------------------------------------------------------------------------------
 
 
 def describe_input(uri: str, exclude: Sequence[str] = (), *, frozen: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -93,7 +63,7 @@ def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | N
         raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address.")
 
 
-def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: "BoxSource",
+def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,
                      earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> Iterator[PictureToAnnotate]:
     """The pictures of one planned unit, in the plan's order; `earlier`: what an earlier run made of some, by key."""
     if source["kind"] == SHARDS:
@@ -152,15 +122,10 @@ def _limited(units: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]
             return
 
 
-@functools.lru_cache(maxsize=4)
-def _open_shards_once(uri: str, version: int) -> shards.ShardDataset:
-    return shards.open_shards(uri, version)
-
-
-def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: "BoxSource",
+def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,
                       earlier: Mapping[str, AnnotatedPicture]) -> Iterator[PictureToAnnotate]:
     """In the part's order, which is the plan's. Where rows may be copied, pictures' bytes are read only if needed."""
-    dataset = _open_shards_once(source["uri"], source["version"])
+    dataset = shards.open_shards_once(source["uri"], source["version"])
     part = next(part for part in dataset.parts if part.name == planned[0]["part"])
     wanted = {one["key"] for one in planned}
     if not earlier:
@@ -175,7 +140,7 @@ def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]],
             yield _sharded_picture(row, boxes, functools.partial(_next_bytes, stored, row["key"]), earlier)
 
 
-def _sharded_picture(row: dict[str, Any], boxes: "BoxSource", read: Callable[[], bytes],
+def _sharded_picture(row: dict[str, Any], boxes: BoxSource, read: Callable[[], bytes],
                      earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> PictureToAnnotate:
     names = ("key", "image_id", "etag", "sha256", "width", "height")
     found = earlier.get(row["key"])
@@ -194,89 +159,9 @@ def _bytes_of(row: dict[str, Any]) -> bytes:
     return bytes(row["bytes"])
 
 
-def _plain_picture(uri: str, planned: dict[str, Any], boxes: "BoxSource", earlier: Mapping[str, AnnotatedPicture], *,
+def _plain_picture(uri: str, planned: dict[str, Any], boxes: BoxSource, earlier: Mapping[str, AnnotatedPicture], *,
                    neighbours: Sequence[str]) -> PictureToAnnotate:
     picture = {"key": planned["key"], "image_id": None, "etag": planned["etag"], "sha256": None,
                "width": None, "height": None}
     read = functools.partial(storage.read_object, uri, etag=planned["etag"], neighbours=neighbours)
     return PictureToAnnotate(picture, read, functools.partial(boxes, picture), earlier.get(planned["key"]))
-
-
-# --- the boxes ----------------------------------------------------------------------------------------------------
-
-BoxSource = Callable[[dict[str, Any], int, int], Boxes]  # (row, width, height) -> its persons
-
-
-def choose_boxes(asked: str | None, source: dict[str, Any], output: str, *, min_score: float,
-                 max_persons: int | None) -> BoxChoice:
-    """Who makes the boxes of this run. A detections JSON is copied to the output, so that it is frozen too.
-
-    Refuses (ConfigError) a choice that this input can't serve: annotated boxes without annotations, detections
-    (which name pictures by image_id) without a shard dataset that has image ids.
-    """
-    annotations = _annotations_sha256(source)
-    if asked is None and not annotations:
-        raise ConfigError(f"{source['uri']} comes without annotated persons: say who makes the boxes by "
-                          "--boxes whole-image, or --boxes with the URI of a COCO detections JSON.")
-    if asked in (None, ANNOTATED):
-        if not annotations:
-            raise ConfigError(f"--boxes annotated: {source['uri']} is no shard dataset with annotations. "
-                              "Shard it with --annotations, or choose other boxes.")
-        return BoxChoice(ANNOTATED, annotations)
-    if asked == WHOLE_IMAGE:
-        return BoxChoice(WHOLE_IMAGE)
-    if not annotations:
-        raise ConfigError(f"--boxes {asked}: COCO detections name pictures by image_id, which only a shard dataset "
-                          "made with --annotations has.")
-    return _freeze_detections(str(asked), output, min_score=min_score, max_persons=max_persons)
-
-
-def box_source(choice: BoxChoice) -> BoxSource:
-    """The function that gives a picture's boxes: (row, width, height) -> Boxes."""
-    if choice.kind == ANNOTATED:
-        return lambda row, width, height: annotated_boxes(row.get("persons"))
-    if choice.kind == WHOLE_IMAGE:
-        return lambda row, width, height: whole_image_box(width, height)
-    assert choice.detections is not None
-    detected = _read_detections(choice.detections)
-
-    def boxes_of(row: dict[str, Any], width: int, height: int) -> Boxes:
-        return strongest_boxes(detected.get(row["image_id"], Boxes.none()), min_score=choice.min_score,
-                               max_persons=choice.max_persons)
-
-    return boxes_of
-
-
-def _annotations_sha256(source: dict[str, Any]) -> str | None:
-    if source["kind"] != SHARDS:
-        return None
-    found: str | None = _open_shards_once(source["uri"], source["version"]).json["source"]["annotations_sha256"]
-    return found
-
-
-def _freeze_detections(uri: str, output: str, *, min_score: float, max_persons: int | None) -> BoxChoice:
-    try:
-        data = storage.read_object(uri)
-    except storage.ObjectMissing:
-        raise ConfigError(f"--boxes {uri}: neither annotated, nor whole-image, nor a detections JSON "
-                          "that is there.") from None
-    rows = [{"image_id": image_id, "box_id": one.index, "xywh": list(one.box_xywh), "score": one.score}
-            for image_id, detections in sorted(parse_detections(data, source=uri).items()) for one in detections]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, BOX_SCHEMA), sink, compression="zstd")
-    digest = hashlib.sha256(data).hexdigest()
-    frozen = storage.join(output, "_boxes", f"{digest[:16]}.parquet")
-    storage.put_if_absent(frozen, sink.getvalue().to_pybytes())
-    return BoxChoice(DETECTIONS, digest, frozen, min_score, max_persons)
-
-
-def _read_detections(uri: str) -> dict[int, Boxes]:
-    table = pq.read_table(pa.BufferReader(storage.read_object(uri)))
-    image_ids = table["image_id"].to_numpy()
-    xywh = np.array(table["xywh"].to_pylist(), np.float64).reshape(-1, 4)
-    ids, scores = table["box_id"].to_numpy(), table["score"].to_numpy()
-    # the frozen copy is sorted by image: each image's boxes are one slice
-    found, starts = np.unique(image_ids, return_index=True)
-    ends = [*starts[1:], len(image_ids)]
-    return {int(image): Boxes(ids[a:b], xywh[a:b], scores[a:b])
-            for image, a, b in zip(found, starts, ends, strict=True)}

@@ -142,8 +142,14 @@ class AnnotateConfig(Settings):
     boxes: str | None = None
     reuse: str | None = None
     exclude: str | None = None
-    min_box_score: float = Field(0.0, ge=0, le=1)
-    max_persons: int | None = Field(None, ge=1)
+    min_box_score: float = Field(0.0, ge=0, le=1, description="of boxes from files or a detector")
+    max_persons: int | None = Field(None, ge=1, description="of a picture, by score; boxes from files or a detector")
+    detector: str | None = None
+    detector_score: float = Field(0.1, ge=0, le=1, description="detections below it are left out")
+    detector_nms: float = Field(0.65, ge=0, le=1, description="a detection that overlaps a better one by more is too")
+    detector_backend: Literal["auto", "opencv", "onnxruntime"] = Field(
+        "auto", description="onnxruntime where it is installed, half of OpenCV's time; then as the run was begun")
+    oks_nms: float | None = Field(None, ge=0, le=1, description="a pose more like a better one than this is left out")
     limit: int | None = Field(None, ge=1)
     pictures_per_unit: int = Field(500, ge=1, le=100_000)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -156,6 +162,7 @@ class AnnotateConfig(Settings):
     max_pixels: int = Field(128_000_000, ge=1)
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     actors: int | None = Field(None, ge=1)
+    detectors: int | None = Field(None, ge=1, description="actors that detect; default: what cores there are for it")
     tracking: TrackingConfig = TrackingConfig()
 
 

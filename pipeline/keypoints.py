@@ -36,10 +36,15 @@ class KeypointMetadata:
     json: dict[str, Any]
 
 
-def part_bytes(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, job: str, model: dict[str, Any]) -> bytes:
-    """One unit's Parquet file: its rows, and under the metadata key `pose` everything that is needed to read them."""
+def part_bytes(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, job: str, model: dict[str, Any],
+               detector: dict[str, Any] | None = None) -> bytes:
+    """One unit's Parquet file: its rows, and under the metadata key `pose` everything that is needed to read them.
+
+    detector  name and digest of what made the boxes, where it was a detector
+    """
     pose = {"version": ROW_VERSION, "counts": count_rows(pictures), "skeleton": skeleton.to_json(),
-            "coordinate_frame": FRAME, "scores": SCORES, "model": model, "job": job}
+            "coordinate_frame": FRAME, "scores": SCORES, "model": model, "job": job,
+            **({"detector": detector} if detector else {})}
     table = keypoint_table(pictures, skeleton, job=job)
     table = table.replace_schema_metadata({"pose": json.dumps(pose, sort_keys=True)})
     sink = pa.BufferOutputStream()

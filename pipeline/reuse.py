@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import keypoints, storage
+from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
 from pipeline.hash_buckets import Hashes, name_hashes
 from pipeline.pose.skeleton import Skeleton
@@ -21,14 +22,13 @@ from pipeline.units import FrozenJob, committed_units, open_job, read_units
 
 # What may differ: which pictures there are, how they are cut into units, and boxes, which are compared one by one
 MAY_DIFFER = frozenset({"limit", "pictures_per_unit", "boxes"})
-DETECTED = "detect"  # boxes that are known only once they have been computed
 
 
 class EarlierPictures:
     """The rows of an earlier output, read part by part as units ask for them."""
 
-    def __init__(self, output: str, skeleton: Skeleton) -> None:
-        self.output, self.skeleton = output, skeleton
+    def __init__(self, output: str) -> None:
+        self.output = output
 
     def of_parts(self, names: Iterable[str]) -> dict[str, AnnotatedPicture]:
         """By key, what became of each picture of these parts."""
@@ -36,7 +36,8 @@ class EarlierPictures:
         for name in names:
             data = storage.read_object(storage.join(self.output, keypoints.FOLDER, name))
             table = pq.read_table(pa.BufferReader(data))
-            found |= {picture.picture["key"]: picture for picture in pictures_of_table(table, self.skeleton)}
+            skeleton = Skeleton.from_json(json.loads(table.schema.metadata[b"pose"])["skeleton"])
+            found |= {picture.picture["key"]: picture for picture in pictures_of_table(table, skeleton)}
         return found
 
 
@@ -59,8 +60,8 @@ def open_earlier(output: str, intent: Mapping[str, Any]) -> FrozenJob:
 
 def _comparable(intent: Mapping[str, Any]) -> dict[str, Any]:
     same = {name: value for name, value in intent.items() if name not in MAY_DIFFER}
-    boxes = intent["boxes"]
-    return same | ({"boxes": boxes} if boxes["kind"] == DETECTED else {"boxes": "each compared"})
+    boxes = intent["boxes"]  # a detector's are known only once they have been computed
+    return same | ({"boxes": boxes} if boxes["kind"] == DETECT else {"boxes": "each compared"})
 
 
 def earlier_parts(earlier_output: str, earlier: FrozenJob, output: str, job: FrozenJob,

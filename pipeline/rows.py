@@ -67,7 +67,13 @@ class AnnotatedPicture:
     joints_xy: np.ndarray[Any, Any] | None = None
     joint_scores: np.ndarray[Any, Any] | None = None
     boxes_refused: int = 0
+    suppressed: int = 0  # persons left out beside a better one of nearly the same pose
     reused: bool = False  # copied from an earlier run's output
+
+
+def person_scores(box_scores: np.ndarray[Any, Any], joint_scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """float64 [n]: the box's score times the mean of the joints' [n, K], as in the authors' test.py."""
+    return np.asarray(box_scores * joint_scores.astype(np.float64).mean(axis=1))
 
 
 def keypoint_schema(skeleton: Skeleton) -> pa.Schema:
@@ -90,7 +96,8 @@ def keypoint_table(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, 
 
 
 def pictures_of_table(table: pa.Table, skeleton: Skeleton) -> Iterator[AnnotatedPicture]:
-    """The inverse of `keypoint_table`, from rows sorted as it sorts them; `boxes_refused` isn't in rows, and is 0."""
+    """The inverse of `keypoint_table`, from rows sorted as it sorts them; `boxes_refused` and `suppressed`
+    aren't in rows, and are 0."""
     fixed = table.select([name for name, _ in KEYPOINT_FIXED]).to_pylist()
     names = [f"{column}_{value}" for column in skeleton.columns() for value in ("x", "y", "score")]
     joints = np.stack([table[name].to_numpy().astype(np.float32) for name in names], -1)
@@ -125,6 +132,7 @@ def count_rows(pictures: Sequence[AnnotatedPicture]) -> dict[str, Any]:
     return {"pictures": len(pictures), "persons": sum(len(picture.boxes.ids) for picture in pictures),
             OK: statuses.count(OK), NO_PERSON: statuses.count(NO_PERSON), REJECTED: statuses.count(REJECTED),
             "boxes_refused": sum(picture.boxes_refused for picture in pictures),
+            "suppressed": sum(picture.suppressed for picture in pictures),
             "reasons": dict(sorted(reasons.items()))}
 
 
@@ -134,8 +142,7 @@ def _fixed_values(picture: AnnotatedPicture) -> list[dict[str, Any]]:
         return [common | dict.fromkeys(name for name, _ in KEYPOINT_FIXED if name not in common)]
     assert picture.joint_scores is not None
     boxes = picture.boxes
-    # a person's score is the box's score times the mean of the joints', as in the authors' test.py
-    scores = boxes.scores * picture.joint_scores.astype(np.float64).mean(axis=1)
+    scores = person_scores(boxes.scores, picture.joint_scores)
     return [common | {"person_index": index, "box_id": int(boxes.ids[index]),
                       **{f"box_{side}": float(value) for side, value in zip("xywh", boxes.xywh[index], strict=True)},
                       "box_score": float(boxes.scores[index]), "score": float(scores[index])}

@@ -3,6 +3,7 @@
 It knows the form of the dataset, and neither how many write it at once nor what is trained on it.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -183,6 +184,12 @@ def open_shards(uri: str, version: int | None = None) -> ShardDataset:
     parts = tuple(ShardPart(part["name"], part["sha256"], part["counts"]) for part in values["parts"])
     skeleton = None if values["skeleton"] is None else Skeleton.from_json(values["skeleton"])
     return ShardDataset(uri, found, parts, skeleton, _dropped(uri, values["dropped"]), values)
+
+
+@functools.lru_cache(maxsize=4)
+def open_shards_once(uri: str, version: int) -> ShardDataset:
+    """`open_shards` of one version, which never changes, kept for the next who asks."""
+    return open_shards(uri, version)
 
 
 def newest_version(uri: str) -> int:

@@ -7,9 +7,10 @@ GPU and no Ray. What goes wrong with the service is said in the receipt, and lea
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from pipeline import annotation_input as inputs
 from pipeline import keypoints, storage
 from pipeline.annotation import annotate_pictures
+from pipeline.boxes import unit_box_source
 from pipeline.errors import DataError
 from pipeline.images import PictureLimits
 from pipeline.isolation import open_decoder
@@ -24,11 +26,12 @@ from pipeline.model.directory import model_digest
 from pipeline.model_reference import download_model
 from pipeline.prediction import Predictor
 from pipeline.reuse import EarlierPictures
-from pipeline.rows import count_rows
+from pipeline.rows import Boxes, count_rows
 from pipeline.units import FrozenJob, read_unit
 
 MODEL_FOLDER = "_model"
 COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
+FAILURES = (storage.StorageError, DataError, MemoryError, torch.OutOfMemoryError)  # of a unit; not of its process
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class Receipt:
     ended: float = 0.0
 
 
+def failure_receipt(unit: int, error: BaseException) -> Receipt:
+    """The receipt of a unit that one of FAILURES kept from being done."""
+    return Receipt(unit, FAILED, failure=f"unit {unit}: {error or type(error).__name__}",
+                   passing=isinstance(error, storage.StorageError))
+
+
 class UnitAnnotator:
     """Holds the model, and turns a unit's number into the unit's committed part.
 
     output   the run's output, where its model is kept
-    choice   who makes the boxes
     careful  decode in processes apart: a picture has ended this unit's process before
     decoder  the module that decodes
     reuse    an earlier output whose rows are copied where they would be the same
@@ -65,41 +73,47 @@ class UnitAnnotator:
     Refuses (DataError) a process that can't work as the frozen job says: no GPU, another model.
     """
 
-    def __init__(self, output: str, job: FrozenJob, choice: inputs.BoxChoice, *, careful: bool = False,
-                 decoder: str = "pipeline.images", reuse: str | None = None) -> None:
+    def __init__(self, output: str, job: FrozenJob, *, careful: bool = False, decoder: str = "pipeline.images",
+                 reuse: str | None = None) -> None:
         self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
         self.predictor = _open_predictor(output, job)
-        self.boxes = inputs.box_source(choice)
-        self.earlier = EarlierPictures(reuse, self.predictor.skeleton) if reuse else None
+        self.earlier = EarlierPictures(reuse) if reuse else None
 
-    def annotate(self, unit: int, earlier_parts: Sequence[str] = ()) -> Receipt:
-        """Annotate and commit one unit; `earlier_parts`: those of the reused output that may hold its pictures."""
+    def annotate(self, unit: int, earlier_parts: Sequence[str] = (),
+                 detected: Mapping[str, Boxes | None] = MappingProxyType({})) -> Receipt:
+        """Annotate and commit one unit.
+
+        earlier_parts  those of the reused output that may hold its pictures
+        detected       what the detector found on its pictures, where one makes the boxes
+        """
         began = time.time()
-        return replace(self._annotate(unit, earlier_parts), began=began, ended=time.time())
+        return replace(self._annotate(unit, earlier_parts, detected), began=began, ended=time.time())
 
-    def _annotate(self, unit: int, earlier_parts: Sequence[str]) -> Receipt:
+    def _annotate(self, unit: int, earlier_parts: Sequence[str], detected: Mapping[str, Boxes | None]) -> Receipt:
         part = storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))
         try:
             if storage.exists(part):
                 return Receipt(unit, THERE)
-            data, counts = self._part(unit, earlier_parts)
+            data, counts = self._part(unit, earlier_parts, detected)
             return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
-        except storage.StorageError as error:
-            return Receipt(unit, FAILED, failure=f"unit {unit}: {error}", passing=True)
-        except (DataError, MemoryError, torch.OutOfMemoryError) as error:
-            return Receipt(unit, FAILED, failure=f"unit {unit}: {error or type(error).__name__}")
+        except FAILURES as error:
+            return failure_receipt(unit, error)
 
-    def _part(self, unit: int, earlier_parts: Sequence[str]) -> tuple[bytes, dict[str, Any]]:
+    def _part(self, unit: int, earlier_parts: Sequence[str],
+              detected: Mapping[str, Boxes | None]) -> tuple[bytes, dict[str, Any]]:
         earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
         planned = read_unit(self.output, self.job, unit)
+        boxes = unit_box_source(self.output, self.job, unit, detected=detected, earlier=earlier)
         limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
         with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
-            tasks = inputs.pictures_of_unit(self.job.input, planned, self.boxes, earlier)
-            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode)
+            tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
+            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode,
+                                         oks_nms=self.job.intent.get("oks_nms"))
         reused = [picture for picture in pictures if picture.reused]
         counts = count_rows(pictures)
         data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
-                                    model={**self.job.about["model"], "source": self.predictor.spec.source})
+                                    model={**self.job.about["model"], "source": self.predictor.spec.source},
+                                    detector=self.job.about.get("detector"))
         computed = counts["persons"] - sum(len(picture.boxes.ids) for picture in reused)
         return data, {**counts, "reused": len(reused), "computed": computed}
 

@@ -15,6 +15,7 @@ from jobs import annotate, annotate_pool
 from pipeline import storage
 from pipeline.config import AnnotateConfig
 from pipeline.units import committed_units, open_job, read_unit
+from tests.made_detector import detector_bytes
 from tests.s3 import S3Server
 from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
@@ -111,3 +112,23 @@ def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotat
         pictures_per_unit=2, max_rejected_share=1, actors=1, tracking=NO_TRACKING))
     assert result["counts"]["ok"] == 5
     assert result["counts"]["reasons"] == {"decoder_crash": 1}
+
+
+@pytest.mark.slow
+def test_a_detectors_pool_before_the_annotators_gives_the_rows_of_one_process_and_survives_a_crash(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = write_pictures(tmp_path / "in", count=7) / "images"
+    (tmp_path / "detector.onnx").write_bytes(detector_bytes())
+    asked = config(world, str(tmp_path / "pool"), input=str(pictures), boxes="detect", pictures_per_unit=2, threads=1,
+                   detector=str(tmp_path / "detector.onnx"), detector_score=0.5, max_persons=2, max_rejected_share=1)
+    (pictures / "000003-culprit.jpg").write_bytes(b"abort ")
+    with monkeypatch.context() as patches:
+        patches.setattr(annotate_pool, "DECODER", "tests.crashing_decoder")
+        result = annotate.run(asked)
+    assert result["counts"]["reasons"] == {"decoder_crash": 1}
+    for module, name, instead in WITHOUT_RAY:
+        monkeypatch.setattr(module, name, instead)
+    annotate.run(asked.model_copy(update={"output": str(tmp_path / "one")}))
+    pool, one = (rows(str(tmp_path / name), without=("reason", "error", "job")) for name in ("pool", "one"))
+    assert pool.num_rows == 15
+    assert pool.drop_columns(["sha256"]).equals(one.drop_columns(["sha256"]))

@@ -170,7 +170,7 @@ def test_what_does_not_exist_is_null() -> None:
 def test_a_parts_metadata_says_how_to_read_it() -> None:
     _, pose = read_part([person("a", 1), person("b", 1)])
     assert pose["counts"] == {"pictures": 2, "persons": 2, "ok": 2, "no_person": 0, "rejected": 0,
-                              "boxes_refused": 0, "reasons": {}}
+                              "boxes_refused": 0, "suppressed": 0, "reasons": {}}
     assert pose["skeleton"]["joints"][0] == "nose"
     assert pose["model"] == {"name": "m"}
 

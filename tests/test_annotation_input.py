@@ -1,6 +1,5 @@
-"""What an annotation run reads, and who makes the boxes."""
+"""What an annotation run reads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import annotation_input as inputs
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import DataError
 
 
 def plan(source: dict[str, Any], *, size: int = 2, limit: int | None = None) -> list[list[str]]:
@@ -62,38 +61,3 @@ def test_a_list_that_names_a_picture_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri\na\nb\na\n")
     with pytest.raises(DataError, match="lists a more than once"):
         plan(inputs.describe_input(str(tmp_path / "list.csv")))
-
-
-@pytest.mark.parametrize("asked", [None, "annotated", "detections.json"])
-def test_boxes_that_a_plain_prefix_cannot_serve_are_refused(tmp_path: Path, asked: str | None) -> None:
-    source = write_names(tmp_path, "a")
-    with pytest.raises(ConfigError, match="boxes"):
-        inputs.choose_boxes(asked, source, str(tmp_path / "out"), min_score=0, max_persons=None)
-
-
-def detections(tmp_path: Path, rows: list[dict[str, Any]], **thresholds: Any) -> inputs.BoxSource:
-    (tmp_path / "d.json").write_text(json.dumps([{"category_id": 1, **row} for row in rows]))
-    choice = inputs._freeze_detections(str(tmp_path / "d.json"), str(tmp_path / "out"),
-                                       min_score=thresholds.get("min_score", 0.0),
-                                       max_persons=thresholds.get("max_persons"))
-    return inputs.box_source(choice)
-
-
-ROWS = [{"image_id": 7, "bbox": [1, 2, 3, 4], "score": 0.2}, {"image_id": 3, "bbox": [0, 0, 9, 9], "score": 0.9},
-        {"image_id": 7, "bbox": [5, 6, 7, 8], "score": 0.8}]
-
-
-def test_detections_are_joined_by_image_and_keep_their_place_in_the_file_as_id(tmp_path: Path) -> None:
-    boxes = detections(tmp_path, ROWS)({"image_id": 7}, 100, 100)
-    assert boxes.ids.tolist() == [0, 2]
-    assert boxes.xywh.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert boxes.scores.tolist() == [0.2, 0.8]
-
-
-def test_a_picture_without_detections_has_nobody(tmp_path: Path) -> None:
-    assert len(detections(tmp_path, ROWS)({"image_id": 1}, 100, 100).ids) == 0
-
-
-def test_weak_detections_and_those_beyond_the_limit_are_left_out(tmp_path: Path) -> None:
-    assert detections(tmp_path, ROWS, min_score=0.5)({"image_id": 7}, 9, 9).ids.tolist() == [2]
-    assert detections(tmp_path / "..", ROWS, max_persons=1)({"image_id": 7}, 9, 9).ids.tolist() == [2]

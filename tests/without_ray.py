@@ -1,12 +1,13 @@
 """The jobs as their users run them, but in one process: what Ray would do at once is done one after the other."""
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from jobs import annotate, annotate_pool, shard, shard_tasks
-from pipeline.annotation_input import BoxChoice
-from pipeline.unit_annotator import Receipt, UnitAnnotator
+from pipeline.unit_annotator import Receipt
 from pipeline.units import FrozenJob
 
 
@@ -24,12 +25,16 @@ class InlineWriter:
         """Nothing is left to wait for."""
 
 
-def annotate_inline(output: str, job: FrozenJob, choice: BoxChoice, tasks: Iterable[annotate_pool.UnitTask], *,
-                    actors: int | None, reuse: str | None, careful: bool = False) -> Iterator[Receipt]:
+def annotate_inline(output: str, job: FrozenJob, tasks: Iterable[annotate_pool.UnitTask], *,
+                    pool: annotate_pool.PoolSizes, reuse: str | None, careful: bool = False) -> Iterator[Receipt]:
     """annotate_units without Ray: an actor is an object."""
-    annotator = UnitAnnotator(output, job, choice, careful=careful, reuse=reuse)
+    settings: dict[str, Any] = {"output": output, "job": job, "careful": careful, "reuse": reuse}
+    detecting = annotate_pool.DetectingActor(**settings) if pool.detectors else None
+    annotating = annotate_pool.AnnotatingActor(**settings)
     for task in tasks:
-        yield annotator.annotate(task.unit, task.earlier_parts)
+        batch: dict[str, Any] = {"task": [json.dumps(asdict(task))]}
+        receipt = annotating(detecting(batch) if detecting else batch)["receipt"][0]
+        yield Receipt(**json.loads(receipt))
 
 
 # (module, name in it, what stands there instead)
@@ -38,5 +43,7 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
         ("start_ray", contextlib.nullcontext), ("num_cpus", lambda: 1), ("refuse_unshared", lambda **_: None))),
     (shard, "ShardWriter", InlineWriter),
     (annotate, "num_gpus", lambda: 0),
+    (annotate_pool, "num_gpus", lambda: 0),
+    (annotate_pool, "num_cpus", lambda: 1),
     (annotate, "annotate_units", annotate_inline),
 ]
