@@ -56,6 +56,13 @@ JOBS = {
         "reuse": "an earlier output: what would come out the same is copied from it, not computed",
         "exclude": "a file with keys to leave out, one on each line",
         "limit": "only the first N pictures: a trial"}),
+    "plan": Job("plan", settings.PlanConfig, "time, node hours and money before spending them", {
+        "input": "as of annotate",
+        "model": "as of annotate",
+        "boxes": "as of annotate",
+        "detector": "as of annotate",
+        "price-per-node-hour": "what an hour of one node costs",
+        "limit": "only the first N pictures"}),
     "status": Job("status", settings.StatusConfig, "how far a run is, from its output alone", {
         "output": "the --output of an annotate or shard run"}),
     "verify": Job("verify", settings.VerifyConfig, "whether a dataset is whole and right; names what isn't", {

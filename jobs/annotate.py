@@ -9,9 +9,11 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from jobs.annotate_pool import UnitTask, annotate_units, pool_sizes
 from jobs.progress import Progress, refuse_too_many_rejected
@@ -44,7 +46,7 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
-            job = _freeze(config, model)
+            job = freeze(config, model)
             if (counts := sealed_counts(config.output)) is not None:
                 logger.info("%s is complete; nothing was done", config.output)
                 return _result(config.output, job, counts, committed=0)
@@ -59,8 +61,12 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
 # --- freezing -----------------------------------------------------------------------------------------------------
 
 
-def _freeze(config: AnnotateConfig, model: FoundModel) -> FrozenJob:
-    """The run's plan and intent: those that stand at the output, or new ones, frozen there now."""
+def freeze(config: AnnotateConfig, model: FoundModel,
+           choose: Callable[[Iterator[pa.Table]], Iterable[pa.Table]] = iter) -> FrozenJob:
+    """The run's plan and intent: those that stand at the output, or new ones, frozen there now.
+
+    choose  which of the input's units (tables of pictures) the plan has; all, unless it is told otherwise
+    """
     job = open_job(config.output)
     exclude = read_keys(config.exclude, flag="--exclude") if config.exclude else []
     # an input that has grown since is another input: an unfinished run goes on with the version it began with
@@ -77,7 +83,7 @@ def _freeze(config: AnnotateConfig, model: FoundModel) -> FrozenJob:
                                       exclude=exclude)
             put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
             about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
-            job = freeze_job(config.output, units, input=source, intent=intent, about=about | boxes.about,
+            job = freeze_job(config.output, choose(units), input=source, intent=intent, about=about | boxes.about,
                              before_commit=boxes.freeze)
             logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
         refuse_other_intent(job, config.output, input=source, intent=intent)

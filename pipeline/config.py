@@ -133,15 +133,12 @@ class TrainConfig(Settings):
         return text
 
 
-class AnnotateConfig(Settings):
-    """`annotate`: pictures -> a keypoint dataset."""
+class AnnotationConfig(Settings):
+    """What `annotate` and `plan` ask alike: the input, the model, the boxes, and how the work is done."""
 
     input: str
     model: str
-    output: str
     boxes: str | None = None
-    reuse: str | None = None
-    exclude: str | None = None
     min_box_score: float = Field(0.0, ge=0, le=1, description="of boxes from files or a detector")
     max_persons: int | None = Field(None, ge=1, description="of a picture, by score; boxes from files or a detector")
     detector: str | None = None
@@ -160,10 +157,26 @@ class AnnotateConfig(Settings):
     batch_size: int = Field(32, ge=1)
     deterministic: bool = False
     max_pixels: int = Field(128_000_000, ge=1)
-    max_rejected_share: float = Field(0.05, ge=0, le=1)
     actors: int | None = Field(None, ge=1)
     detectors: int | None = Field(None, ge=1, description="actors that detect; default: what cores there are for it")
     tracking: TrackingConfig = TrackingConfig()
+
+
+class AnnotateConfig(AnnotationConfig):
+    """`annotate`: pictures -> a keypoint dataset."""
+
+    output: str
+    reuse: str | None = None
+    exclude: str | None = None
+    max_rejected_share: float = Field(0.05, ge=0, le=1)
+
+
+class PlanConfig(AnnotationConfig):
+    """`plan`: what annotating will take."""
+
+    price_per_node_hour: float | None = Field(None, ge=0)
+    sample: int | None = Field(None, ge=1, description="pictures to measure on; default: 100 for each actor")
+    scratch: str | None = Field(None, description="where the sample's output goes for a while; default: TMPDIR")
 
 
 class StatusConfig(Settings):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from jobs import annotate, annotate_pool, shard, shard_tasks
+from jobs import annotate, annotate_pool, plan, shard, shard_tasks
 from pipeline.unit_annotator import Receipt
 from pipeline.units import FrozenJob
 
@@ -39,11 +39,11 @@ def annotate_inline(output: str, job: FrozenJob, tasks: Iterable[annotate_pool.U
 
 # (module, name in it, what stands there instead)
 WITHOUT_RAY: list[tuple[Any, str, Any]] = [
-    *((module, name, instead) for module in (annotate, shard) for name, instead in (
+    *((module, name, instead) for module in (annotate, plan, shard) for name, instead in (
         ("start_ray", contextlib.nullcontext), ("num_cpus", lambda: 1), ("refuse_unshared", lambda **_: None))),
     (shard, "ShardWriter", InlineWriter),
-    (annotate, "num_gpus", lambda: 0),
-    (annotate_pool, "num_gpus", lambda: 0),
+    *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
+    *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
     (annotate_pool, "num_cpus", lambda: 1),
-    (annotate, "annotate_units", annotate_inline),
+    (plan, "num_nodes", lambda: 1),
 ]
