@@ -67,20 +67,21 @@ def decode_unless_known(task: PictureToAnnotate,
 
 
 def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predictor, *,
-                      decode: Callable[[bytes], Pixels] = decode_picture,
+                      decode: Callable[[bytes], Pixels] = decode_picture, decoders: int = 1,
                       oks_nms: float | None = None) -> list[AnnotatedPicture]:
     """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once.
 
-    decode   bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
-    oks_nms  a person whose pose is more like a better one's than this OKS is left out
+    decode    bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+    decoders  threads that decode and crop while the network runs; 1: the caller's, in turns. They change no row.
+    oks_nms   a person whose pose is more like a better one's than this OKS is left out
 
     What an earlier run made of the same bytes with the same boxes is copied; with the same ETag it isn't even read.
     """
     opened: list[tuple[AnnotatedPicture, CroppedPersons | None]] = []
 
     def crops() -> Iterator[Array]:
-        for picture in pictures:
-            opened.append(_open(picture, predictor, decode))
+        for one in _opened(pictures, predictor, decode, decoders):
+            opened.append(one)
             persons = opened[-1][1]
             if persons is not None:
                 yield from persons.crops
@@ -139,6 +140,14 @@ def _read_now(task: PictureToAnnotate) -> PictureToAnnotate:
 
 def _raise(error: Exception) -> bytes:
     raise error
+
+
+def _opened(pictures: Iterable[PictureToAnnotate], predictor: Predictor, decode: Callable[[bytes], Pixels],
+            decoders: int) -> Iterator[tuple[AnnotatedPicture, CroppedPersons | None]]:
+    if decoders == 1:
+        return (_open(picture, predictor, decode) for picture in pictures)
+    # bytes that come as a stream, as a shard's may, are taken from it in its order
+    return map_ahead(lambda picture: _open(picture, predictor, decode), map(_read_now, pictures), threads=decoders)
 
 
 def _open(task: PictureToAnnotate, predictor: Predictor,

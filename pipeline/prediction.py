@@ -4,6 +4,7 @@ The same object serves annotation, validation during training, and the model as 
 the device; what comes back is a few numbers for each joint.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -89,7 +90,14 @@ class Predictor:
 
         The stream is cut into batches as it comes, so that at most `batch_size` crops are held.
         """
-        answers = [self._predict_batch(np.stack(batch)) for batch in _batches(crops, self.batch_size)]
+        # a GPU works on one batch while the next is put together: what it gives is waited for one batch later
+        waiting: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+        answers: list[tuple[Array, Array]] = []
+        for batch in _batches(crops, self.batch_size):
+            waiting.append(self._predict_batch(np.stack(batch)))
+            if len(waiting) > 1:
+                answers.append(_on_cpu(waiting.popleft()))
+        answers += map(_on_cpu, waiting)
         num_joints = self.skeleton.num_joints
         joints = [np.empty((0, num_joints, 2), np.float32), *(joints for joints, _ in answers)]
         scores = [np.empty((0, num_joints), np.float32), *(scores for _, scores in answers)]
@@ -107,16 +115,22 @@ class Predictor:
         return placed.astype(np.float32)
 
     @torch.inference_mode()
-    def _predict_batch(self, crops: Array) -> tuple[Array, Array]:
+    def _predict_batch(self, crops: Array) -> tuple[torch.Tensor, torch.Tensor]:
         if self.null:
             shape = len(crops), self.skeleton.num_joints
-            return np.zeros((*shape, 2), np.float32), np.zeros(shape, np.float32)
-        images = normalise_crops(torch.from_numpy(crops).to(self.device), self.spec)
+            return torch.zeros(*shape, 2), torch.zeros(*shape)
+        pixels = torch.from_numpy(crops)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        images = normalise_crops(pixels, self.spec)
         heatmaps = self._heatmaps(images)
         if self.flip:
             heatmaps = flip_average(heatmaps, self._heatmaps(images.flip(-1)), self.skeleton.flip_order)
-        joints, scores = decode_heatmaps(heatmaps, self.spec.input_size_wh, decoding=self.spec.decoding)
-        return joints.cpu().numpy(), scores.cpu().numpy()
+        return decode_heatmaps(heatmaps, self.spec.input_size_wh, decoding=self.spec.decoding)
+
+
+def _on_cpu(answer: tuple[torch.Tensor, torch.Tensor]) -> tuple[Array, Array]:
+    return answer[0].cpu().numpy(), answer[1].cpu().numpy()
 
 
 def _batches(items: Iterable[Array], size: int) -> Iterator[list[Array]]:

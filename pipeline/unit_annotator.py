@@ -107,7 +107,7 @@ class UnitAnnotator:
         limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
         with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
             tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
-            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode,
+            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode, decoders=self._decoders(),
                                          oks_nms=self.job.intent.get("oks_nms"))
         reused = [picture for picture in pictures if picture.reused]
         counts = count_rows(pictures)
@@ -116,6 +116,11 @@ class UnitAnnotator:
                                     detector=self.job.about.get("detector"))
         computed = counts["persons"] - sum(len(picture.boxes.ids) for picture in reused)
         return data, {**counts, "reused": len(reused), "computed": computed}
+
+    def _decoders(self) -> int:
+        # a GPU waits for whoever decodes; on a CPU decoding and network share the cores anyway
+        gpu = self.job.intent["backend"] == "cuda"
+        return int(self.job.intent["threads"]) if gpu and not self.careful else 1
 
 
 def _open_predictor(output: str, job: FrozenJob) -> Predictor:

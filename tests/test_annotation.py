@@ -187,3 +187,11 @@ def test_an_empty_unit_is_still_a_readable_part(tmp_path: Path) -> None:
     rows, pose = read_part([])
     assert rows == []
     assert pose["counts"]["pictures"] == 0
+
+
+def test_threads_that_decode_change_no_row_and_no_order(predictor: Predictor) -> None:
+    tasks = [task(f"{number:02d}", boxes((10 + number, 10, 50, 90))) for number in range(9)]
+    alone, threads = (annotate_pictures(tasks, predictor, decoders=decoders) for decoders in (1, 4))
+    assert [picture.picture["key"] for picture in threads] == [f"{number:02d}" for number in range(9)]
+    for one, other in zip(alone, threads, strict=True):
+        np.testing.assert_array_equal(one.joints_xy, other.joints_xy)
