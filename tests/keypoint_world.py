@@ -25,8 +25,10 @@ COLUMNS = {**FIXED, **JOINTS, "job": pa.string()}
 PLAN = pa.schema([("unit", pa.int32()), ("key", pa.string()), ("etag", pa.string()), ("size", pa.int64()),
                   ("sha256", pa.string()), ("part", pa.string())])
 LIST = pa.schema([("unit", pa.int32()), ("part", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
-BOXES = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
-                   ("score", pa.float64())])
+BOXES = pa.schema([("key", pa.string()), ("box_id", pa.int64()), ("x", pa.float64()), ("y", pa.float64()),
+                   ("w", pa.float64()), ("h", pa.float64()), ("score", pa.float64())])
+FIRST_BOXES = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
+                         ("score", pa.float64())])
 MODEL = {"_model/model.json": b'{"version": 1}', "_model/model.safetensors": b"weights"}
 MODEL_DIGEST = hashlib.sha256(b'{"version": 1}weights').hexdigest()
 

@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.images import decode_picture
 from pipeline.prediction import Predictor
 from pipeline.units import open_job
+from pipeline.verification.keypoint_output import open_output
 from tests.made_detector import detector_bytes
 from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
 
@@ -74,6 +75,7 @@ def test_a_plain_prefix_is_annotated_with_boxes_by_key(world: Path, tmp_path: Pa
     result = annotate.run(config(world, tmp_path / "out"))
     assert (result["counts"]["persons"], result["counts"]["boxes_refused"]) == (6, 6)
     assert rows(str(tmp_path / "out"))["box_x"].to_pylist() == [5.0] * 6
+    assert open_output(str(tmp_path / "out")).findings == ()
 
 
 def test_a_run_goes_on_without_reading_boxes_again_as_long_as_their_files_are_the_same(
@@ -136,6 +138,7 @@ def test_each_detection_is_a_row_and_the_metadata_names_the_detector(
     digest = hashlib.sha256(detector_bytes()).hexdigest()
     assert metadata.json["detector"] == {"name": "detector.onnx", "digest": digest}
     assert (output / "_detector" / f"{digest[:16]}.onnx").read_bytes() == detector_bytes()
+    assert open_output(str(output)).findings == ()
 
 
 @pytest.mark.parametrize("settings", [{"detector_score": 0.4}, {"detector_nms": 0.5}, {"boxes": "whole-image"}])

@@ -23,7 +23,7 @@ from pipeline.verification.finding import Finding
 from pipeline.verification.keypoint_output import is_keypoint_dataset, open_output
 from pipeline.verification.keypoint_part import KeypointPart, check_stored_keypoints
 from pipeline.verification.keypoint_whole import check_all_keypoints, keypoints_to_check
-from tests.keypoint_world import BOXES, COLUMNS, MODEL, MODEL_DIGEST, KeypointWorld, counts, person
+from tests.keypoint_world import BOXES, COLUMNS, FIRST_BOXES, MODEL, MODEL_DIGEST, KeypointWorld, counts, person
 from tests.shard_world import parquet, write_files
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
@@ -256,12 +256,24 @@ def test_all_that_is_wrong_is_named_and_not_only_the_first(tmp_path: Path) -> No
                                          ("damaged", world.part(1)), ("foreign", "keypoints/x")}
 
 
-def test_frozen_detections_have_to_be_there_and_readable(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "columns"), [
+    ("{digest}-{plan}/boxes-0000000", BOXES), ("{digest}", FIRST_BOXES)])  # by unit; the first outputs
+def test_frozen_detections_have_to_be_there_and_readable(tmp_path: Path, folder: str, columns: pa.Schema) -> None:
     world = KeypointWorld(intent={"model": MODEL_DIGEST, "boxes": {"kind": "detections", "digest": "abcd" * 16}})
-    name = f"_boxes/{'abcd' * 4}.parquet"
-    assert verified(tmp_path / "1", world.files()) == {("missing", name)}
+    by_unit, name = (f"_boxes/{name.format(digest='abcd' * 4, plan=world.plan_digest[:8])}.parquet"
+                     for name in ("{digest}-{plan}/boxes-0000000", folder))
+    assert verified(tmp_path / "1", world.files()) == {("missing", by_unit)}
     assert verified(tmp_path / "2", world.files() | {name: b"x"}) == {("unreadable", name)}
-    assert verified(tmp_path / "3", world.files() | {name: parquet(BOXES.empty_table())}) == set()
+    assert verified(tmp_path / "3", world.files() | {name: parquet(columns.empty_table())}) == set()
+
+
+def test_a_frozen_detector_has_to_be_there_and_whole(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"onnx").hexdigest()
+    world = KeypointWorld(intent={"model": MODEL_DIGEST, "boxes": {"kind": "detect", "digest": digest}})
+    name = f"_detector/{digest[:16]}.onnx"
+    assert verified(tmp_path / "1", world.files()) == {("missing", name)}
+    assert verified(tmp_path / "2", world.files() | {name: b"other"}) == {("damaged", name)}
+    assert verified(tmp_path / "3", world.files() | {name: b"onnx"}) == set()
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------

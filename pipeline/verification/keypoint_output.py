@@ -18,8 +18,12 @@ from pipeline.verification.run import PART_NAME, SHA256, Run, read_run
 JOB, SUCCESS, PARTS, MODEL = "_job.json", "_SUCCESS", "_parts", "_model"
 MODEL_FILES = ("model.json", "model.safetensors")  # in the order in which the model's digest goes over them
 LIST_COLUMNS = pa.schema([("unit", pa.int32()), ("part", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
-BOX_COLUMNS = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
+UNITS_PER_BOX_FILE = 100
+BOX_COLUMNS = pa.schema([("key", pa.string()), ("box_id", pa.int64()), *((side, pa.float64()) for side in "xywh"),
                          ("score", pa.float64())])
+# the first outputs had one file for all units
+FIRST_BOX_COLUMNS = pa.schema([("image_id", pa.int64()), ("box_id", pa.int64()), ("xywh", pa.list_(pa.float64(), 4)),
+                               ("score", pa.float64())])
 
 # What `_SUCCESS` must have; the first ones had neither version nor list.
 _SUCCESS_KEYS = {"job": str, "units": int, "counts": {"reasons": dict}}
@@ -83,7 +87,7 @@ def open_output(uri: str) -> Output:
     success = _read_success(uri, run, findings.append) if sealed else None
     listed = _read_list(uri, run, success, findings.append) if success else None
     _check_model(uri, run, findings.append)
-    _check_boxes(uri, run, findings.append)
+    _check_boxes(uri, run, stored, findings.append)
     findings += _foreign_parts(uri, stored, run)
     return Output(uri, run, stored, sealed, success, listed, tuple(findings))
 
@@ -147,14 +151,21 @@ def _check_model(uri: str, run: Run, tell: Tell) -> None:
                      content.hexdigest(), RESTORE))
 
 
-def _check_boxes(uri: str, run: Run, tell: Tell) -> None:
-    """Detections are frozen beside the rows; their digest is that of the JSON they came in, which isn't there."""
+def _check_boxes(uri: str, run: Run, stored: Mapping[str, int], tell: Tell) -> None:
+    """Detections, or the detector, are frozen beside the rows. The files that detections came in are not there."""
     boxes = run.intent.get("boxes")
-    if isinstance(boxes, dict) and boxes.get("kind") == "detections":
-        name = f"_boxes/{str(boxes.get('digest'))[:16]}.parquet"
+    kind, digest = (boxes.get("kind"), str(boxes.get("digest"))) if isinstance(boxes, dict) else (None, "")
+    if kind == "detect":
+        read_stored(uri, f"_detector/{digest[:16]}.onnx", "the detector that made the boxes", tell, sha256=digest,
+                    told_by=JOB)
+    if kind != "detections":
+        return
+    first, folder = f"_boxes/{digest[:16]}.parquet", f"_boxes/{digest[:16]}-{run.plan_digest[:8]}"
+    names = [f"{folder}/boxes-{number:07d}.parquet" for number in range(-(-run.units // UNITS_PER_BOX_FILE))]
+    for name in [first] if first in stored else names:
         data = read_stored(uri, name, "the detections that the boxes came from", tell)
         if data is not None:
-            read_parquet(data, name, BOX_COLUMNS, tell)
+            read_parquet(data, name, FIRST_BOX_COLUMNS if name == first else BOX_COLUMNS, tell)
 
 
 def _foreign_parts(uri: str, stored: Mapping[str, int], run: Run) -> Iterator[Finding]:
