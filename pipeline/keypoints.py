@@ -1,11 +1,11 @@
-"""Keypoint datasets: a part written, its metadata read back, the whole read as one table.
+"""Keypoint datasets: a part written, its metadata read back, the whole read as one table or part by part.
 
 It knows the form of the output, and neither how rows are computed nor by whom.
 """
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,12 +13,14 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import DataError
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_table
 from pipeline.units import open_job, total_counts
 
 FOLDER = "keypoints"
+BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
 FRAME = "pixels of the stored picture after its EXIF orientation; x right, y down; pixel centres at integers"
 SCORES = {
     "joint": "value of the averaged heatmap at the joint / 255 + 0.5, about 0.5 to 1.5; not a probability",
@@ -61,25 +63,66 @@ def pose_metadata(footer: pq.FileMetaData) -> dict[str, Any]:
     return pose
 
 
-def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:
-    """The rows that are committed so far, sorted by (key, person_index), and what they say of themselves.
+@dataclass(frozen=True)
+class KeypointParts:
+    """A keypoint dataset's parts that are committed so far, by name, ordered; `metadata` is the first part's own."""
 
-    Columns that are named in `without` are not read.
+    uri: str
+    names: tuple[str, ...]
+    largest_bytes: int
+    metadata: KeypointMetadata
+
+
+def open_keypoints(uri: str) -> KeypointParts:
+    """The parts that are committed so far, from one listing; of them only the first one's footer is read.
+
     Refuses (DataError) a place without any part, and parts of a newer version.
     """
     uri = storage.normalise(uri)
     job = open_job(uri)
-    filesystem, path = storage.arrow_filesystem(storage.join(uri, FOLDER))
-    parts = [found.name for found in storage.list_objects(storage.join(uri, FOLDER))]
+    parts = list(storage.list_objects(storage.join(uri, FOLDER)))
     if job is None or not parts:
         raise DataError(f"{uri} holds no keypoint dataset (expected _job.json and {FOLDER}/part-*.parquet). "
                         "Give the --output of an annotate run that has committed at least one unit.")
-    fragments = ds.dataset([f"{path}/{name}" for name in parts], filesystem=filesystem, format="parquet")
+    first, _ = _stored_part(uri, parts[0].name, columns=[])
+    metadata = KeypointMetadata(Skeleton.from_json(first["skeleton"]), first["counts"], first["model"],
+                                {**first, "input": job.input})
+    return KeypointParts(uri, tuple(part.name for part in parts), max(part.size for part in parts), metadata)
+
+
+def read_parts(parts: KeypointParts, names: Iterable[str], columns: Sequence[str] | None = None,
+               ) -> Iterator[tuple[str, dict[str, Any], pa.Table]]:
+    """Name, counts and rows of the named parts, in their order; some are read ahead, in bounded memory.
+
+    columns  of the rows; None: all
+    Refuses (DataError) a part that can't be read, and one of a newer version.
+    """
+    threads = max(1, min(THREADS, BYTES_AHEAD // max(1, 2 * parts.largest_bytes)))
+    found = map_ahead(lambda name: (name, *_stored_part(parts.uri, name, columns)), names, threads=threads)
+    for name, pose, table in found:
+        yield name, pose["counts"], table
+
+
+def _stored_part(uri: str, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Any], pa.Table]:
+    place = storage.join(uri, FOLDER, name)
+    filesystem, path = storage.arrow_filesystem(place)
+    try:
+        with filesystem.open_input_file(path) as stored, pq.ParquetFile(stored) as file:
+            pose = pose_metadata(file.metadata)
+            return pose, file.read(None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{place} can't be read ({error}). `verify` says what is wrong with it.") from None
+
+
+def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:
+    """The rows that are committed so far, sorted by (key, person_index), and what they say of themselves.
+
+    Columns that are named in `without` are not read. Refused as by `open_keypoints`.
+    """
+    parts = open_keypoints(uri)
+    filesystem, path = storage.arrow_filesystem(storage.join(parts.uri, FOLDER))
+    fragments = ds.dataset([f"{path}/{name}" for name in parts.names], filesystem=filesystem, format="parquet")
     poses = [pose_metadata(fragment.metadata) for fragment in fragments.get_fragments()]
     table = fragments.to_table(columns=[name for name in fragments.schema.names if name not in without])
     table = table.sort_by([("key", "ascending"), ("person_index", "ascending")])
-    first = poses[0]
-    metadata = KeypointMetadata(Skeleton.from_json(first["skeleton"]),
-                                total_counts(pose["counts"] for pose in poses), first["model"],
-                                {**first, "input": job.input})
-    return table, metadata
+    return table, replace(parts.metadata, counts=total_counts(pose["counts"] for pose in poses))
