@@ -74,10 +74,10 @@ JOBS = {
         "keypoints": "keypoint dataset",
         "to": "format: coco-results, coco-annotations, cvat, label-studio, fiftyone, yolo-pose",
         "output": "file to write; a .zip for cvat, label-studio and yolo-pose"}),
-    "preview": Job("preview", settings.PreviewConfig, "one HTML page with skeletons drawn over pictures", {
+    "preview": Job("preview", settings.PreviewConfig, "one HTML page: sampled pictures with skeletons, histograms", {
         "keypoints": "keypoint dataset",
         "output": "folder for the page",
-        "images": "where the pictures are (default: where the dataset says)"}),
+        "images": "where the pictures are now (default: where the dataset says)"}),
     "import-model": Job("import_model", settings.ImportModelConfig, "a public checkpoint -> a model directory", {
         "checkpoint": "file, URL, or name: mspn_50, 2xmspn_50, 3xmspn_50, 4xmspn_50",
         "output": "where the model directory goes",

@@ -1,34 +1,45 @@
-"""Keypoint dataset -> one HTML page and a contact sheet: choose pictures, fetch them, draw, write."""
+"""Keypoint dataset -> one HTML page and a contact sheet: survey, choose pictures, fetch them, draw, write.
 
-import hashlib
+The dataset is read once, part by part, by the few columns that count; then the parts that hold the chosen pictures.
+Memory doesn't grow with the dataset.
+"""
+
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.record import record_run
-from pipeline import drawing, preview, shards, storage
-from pipeline.annotation_input import LIST, SHARDS, describe_input
+from pipeline import drawing, storage
+from pipeline.annotation_input import describe_input
 from pipeline.config import PreviewConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureLimits, PictureRefused, decode_picture
-from pipeline.keypoints import KeypointMetadata, read_keypoints
+from pipeline.isolation import IsolatedDecoder
+from pipeline.keypoints import KeypointMetadata, KeypointParts, open_keypoints, read_parts
 from pipeline.pose.skeleton import Skeleton
+from pipeline.preview.page import Card, Page, Section, write_page
+from pipeline.preview.pictures import Fetched, decode_checked, fetch_pictures
+from pipeline.preview.strata import BEST, GROUPS, QUARTERS, RANDOM, WORST, Candidate, deal
+from pipeline.preview.survey import NUM_PER_REASON, Survey
+from pipeline.rows import OK
+from pipeline.units import total_counts
 
 logger = logging.getLogger("jobs.preview")
 PAGE, SHEET = "index.html", "contact_sheet.jpg"
-ABOUT = {
-    "worst": "Pictures with the persons of the lowest score: where to look for mistakes.",
-    "best": "Pictures with the persons of the highest score.",
-    "random": "Persons drawn by chance: what the dataset is like.",
-}
-NUM_LISTING_THREADS = 16
-
-PictureReader = Callable[[str], bytes]
+# a section of the page: its name, how its pictures were chosen, from which strata
+SECTIONS = (
+    ("By score", "Persons from the lowest score of all to the highest: the worst is where to look for mistakes. "
+     "Between them some of each quarter of the persons, drawn by chance; the quarters are those of some thousand "
+     "persons drawn by chance.", (WORST, *QUARTERS, BEST)),
+    ("By number of persons", "Pictures with so many persons, drawn by chance.", tuple(GROUPS)),
+    ("Drawn by chance", "Persons drawn by chance from all: what the dataset is like.", (RANDOM,)),
+)
+REJECTED = ("Rejected", f"Up to {NUM_PER_REASON} pictures of each reason, drawn by chance, as far as they can still be "
+            "read. They keep their rows, with the reason and the message.")
 
 
 def run(config: PreviewConfig) -> dict[str, Any]:
@@ -36,22 +47,24 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     config = locations(config, "keypoints", "output", "images")
     page_uri, sheet_uri = storage.join(config.output, PAGE), storage.join(config.output, SHEET)
     _refuse_existing(page_uri, sheet_uri)
-    table, metadata = read_keypoints(config.keypoints)
-    chosen = preview.choose_pictures(table, num_pictures=config.pictures, seed=config.seed)
-    keys = {choice.key for choices in chosen.values() for choice in choices}
-    read = _picture_reader(config, metadata, keys)
-    cards = {name: tuple(_card(choice, table, metadata.skeleton, read) for choice in choices)
-             for name, choices in chosen.items()}
-    images = _drawn(cards, config)
-    page = preview.write_page(_page(table, metadata, cards))
+    parts = open_keypoints(config.keypoints)
+    survey, counts = _survey(parts, config)
+    chosen, rejected = deal(survey.strata(), config.pictures), survey.rejected()
+    rows = _rows(parts, itertools.chain(*chosen.values(), *rejected.values()))
+    source = describe_input(config.images) if config.images else parts.metadata.json["input"]
+    cards = _drawn_cards(chosen, rows, source, parts.metadata.skeleton)
+    refused = _rejected_cards(rejected, rows, source)
+    sections = _sections(cards, refused)
     # the page last: what it stands for is whole then
+    images = [card.image_bgr for section in sections for card in section.cards
+              if card.image_bgr is not None and not card.rejected]
     _put(sheet_uri, drawing.jpeg_bytes(drawing.contact_sheet(images)))
-    _put(page_uri, page.encode())
+    _put(page_uri, write_page(_page(parts.metadata, counts, survey, sections)).encode())
     logger.info("%d pictures drawn; open %s", len(images), page_uri)
     record_run(config.tracking, "preview", counts={"pictures": len(images)},
                params={"keypoints": config.keypoints, "output": config.output, "seed": config.seed})
     return {"output": page_uri, "contact_sheet": sheet_uri, "pictures": len(images),
-            "not_readable": len(keys) - len(images)}
+            "not_readable": sum(map(len, cards.values())) - len(images), "rejected": len(refused)}
 
 
 def _refuse_existing(*uris: str) -> None:
@@ -65,83 +78,101 @@ def _put(uri: str, data: bytes) -> None:
         _refuse_existing(uri)
 
 
-def _drawn(cards: dict[str, tuple[preview.Card, ...]], config: PreviewConfig) -> list[drawing.Image]:
-    """The pictures that could be had; DataError if there should be some, and none could."""
-    every = [card for section in cards.values() for card in section]
-    images = [card.image_bgr for card in every if card.image_bgr is not None]
-    if every and not images:
-        raise DataError(f"none of {len(every)} pictures could be read. The first: {every[0].note} "
-                        "Give --images, the place where they are now.")
-    return images
+def _survey(parts: KeypointParts, config: PreviewConfig) -> tuple[Survey, dict[str, Any]]:
+    """The one pass over all parts; and the totals, by the parts' own counts."""
+    survey = Survey(parts.metadata.skeleton, num_pictures=config.pictures, seed=config.seed)
+    counts: dict[str, Any] = {}
+    for name, own, rows in read_parts(parts, parts.names, survey.columns):
+        survey.add(name, rows)
+        counts = total_counts([counts, own])
+    return survey, counts
 
 
-def _page(table: pa.Table, metadata: KeypointMetadata,
-          cards: dict[str, tuple[preview.Card, ...]]) -> preview.Page:
-    return preview.Page(
+def _rows(parts: KeypointParts, candidates: Iterable[Candidate]) -> pa.Table:
+    """All rows of the chosen pictures, from the parts that hold them."""
+    places = {candidate.key: candidate.part for candidate in candidates}
+    keys = pa.array(sorted(places), pa.string())
+    found = [rows.filter(pc.is_in(rows["key"], keys)) for _, _, rows in read_parts(parts, sorted(set(places.values())))]
+    return pa.concat_tables(found)
+
+
+def _page(metadata: KeypointMetadata, counts: dict[str, Any], survey: Survey, sections: Sequence[Section]) -> Page:
+    return Page(
         model=metadata.model,
-        counts=metadata.counts,
+        counts=counts,
         skeleton_name=metadata.skeleton.name,
-        joint_scores=preview.mean_joint_scores(table, metadata.skeleton),
-        histogram=preview.score_histogram(table),
+        joints=metadata.skeleton.joints,
+        person_scores=survey.person_scores,
+        joint_scores=survey.joint_scores,
+        persons_per_picture=survey.persons_per_picture,
         score_meaning=" ".join(f"{name.capitalize()} score: {meaning}."
                                for name, meaning in metadata.json.get("scores", {}).items()),
-        sections=tuple(preview.Section(name.capitalize(), ABOUT[name], own) for name, own in cards.items()),
-        rejected=preview.rejected_pictures(table),
+        sections=tuple(sections),
     )
 
 
-# --- the pictures -----------------------------------------------------------------------------------------
+def _sections(cards: Mapping[str, Sequence[Card]], rejected: Sequence[Card]) -> list[Section]:
+    shown = [Section(name, about, tuple(card for stratum in strata for card in cards[stratum]))
+             for name, about, strata in SECTIONS]
+    return [*shown, Section(*REJECTED, tuple(rejected))]
 
 
-def _card(choice: preview.Choice, table: pa.Table, skeleton: Skeleton, read: PictureReader) -> preview.Card:
+# --- the pictures -------------------------------------------------------------------------------------------------
+
+
+def _drawn_cards(chosen: Mapping[str, Sequence[Candidate]], rows: pa.Table, source: Mapping[str, Any],
+                 skeleton: Skeleton) -> dict[str, list[Card]]:
+    """A card for each chosen picture, by stratum; DataError if there should be pictures, and none could be read."""
+    picked = {candidate.key: (label, candidate) for label, own in chosen.items() for candidate in own}
+    cards: dict[str, list[Card]] = {label: [] for label in chosen}
+    for key, data in fetch_pictures(source, picked):
+        label, candidate = picked[key]
+        cards[label].append(_card(label, candidate, data, _rows_of(rows, key), skeleton))
+    every = [card for own in cards.values() for card in own]
+    if every and not any(card.image_bgr is not None for card in every):
+        raise DataError(f"none of {len(every)} pictures could be read. The first: {every[0].note} "
+                        "Give --images, the place where they are now.")
+    return cards
+
+
+def _card(label: str, candidate: Candidate, data: Fetched, rows: pa.Table, skeleton: Skeleton) -> Card:
     """The chosen picture with its persons drawn, or a card that says why it isn't to be had."""
-    persons = table.filter(pc.equal(table["key"], choice.key))
+    persons = rows.filter(pc.equal(rows["status"], OK))
     scores = tuple(persons["score"].to_pylist())
+    chosen = candidate.person_index if candidate.person_index >= 0 else None
     try:
-        image = _decoded(read(choice.key), persons["sha256"][0].as_py())
+        image = _decoded(data, rows, lambda read: decode_picture(read, PictureLimits()))
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
-        return preview.Card(choice.key, None, scores, choice.person_index, note=str(error))
-    drawn = drawing.draw_picture(image, persons, skeleton, chosen=choice.person_index)
-    return preview.Card(choice.key, drawn, scores, choice.person_index)
+        return Card(candidate.key, label, None, scores, chosen, note=str(error))
+    drawn = drawing.draw_picture(image, persons, skeleton, chosen=chosen)
+    return Card(candidate.key, label, drawn, scores, chosen)
 
 
-def _decoded(data: bytes, sha256: str | None) -> drawing.Image:
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise PictureRefused("changed", "the picture isn't the one that was annotated: its SHA-256 differs.")
-    return decode_picture(data, PictureLimits())
+def _rejected_cards(rejected: Mapping[str, Sequence[Candidate]], rows: pa.Table,
+                    source: Mapping[str, Any]) -> list[Card]:
+    """A card for each rejected picture: reason, message, and (these first) the picture where it can still be read."""
+    reasons = {candidate.key: reason for reason, own in rejected.items() for candidate in own}
+    # what was refused once may kill or hang the decoder: in a process of its own
+    with IsolatedDecoder(PictureLimits(accept_truncated=True)) as decoder:
+        cards = [_rejected_card(key, reasons[key], data, _rows_of(rows, key), decoder)
+                 for key, data in fetch_pictures(source, reasons)] if reasons else []
+    return sorted(cards, key=lambda card: card.image_bgr is None)
 
 
-def _picture_reader(config: PreviewConfig, metadata: KeypointMetadata,
-                    keys: Collection[str]) -> PictureReader:
-    """How to get a picture's bytes by its key: from the dataset's own input, or from --images."""
-    source = describe_input(config.images) if config.images else metadata.json["input"]
-    if source["kind"] == SHARDS:
-        found = dict(_sharded_pictures(shards.open_shards(source["uri"], source.get("version")), keys))
-        return lambda key: _found(found, key, source["uri"])
-    if source["kind"] == LIST:
-        return storage.read_object  # a list's keys are whole URIs
-    return lambda key: storage.read_object(storage.join(source["uri"], key))
+def _rejected_card(key: str, reason: str, data: Fetched, rows: pa.Table, decoder: IsolatedDecoder) -> Card:
+    note = rows["error"][0].as_py() or ""
+    try:
+        image = drawing.shrunk(_decoded(data, rows, decoder.decode))
+    except (PictureRefused, storage.StorageError):
+        return Card(key, reason, None, note=note, rejected=True)
+    return Card(key, reason, image, note=note, rejected=True)
 
 
-def _found(found: dict[str, bytes | None], key: str, uri: str) -> bytes:
-    data = found.get(key)
-    if data is None:
-        raise PictureRefused("missing", f"the shard dataset {uri} has no bytes of this picture.")
-    return data
+def _decoded(data: Fetched, rows: pa.Table, decode: Any) -> drawing.Image:
+    if not isinstance(data, bytes):
+        raise data
+    return decode_checked(data, rows["sha256"][0].as_py(), decode)
 
 
-def _sharded_pictures(dataset: shards.ShardDataset,
-                      keys: Collection[str]) -> Iterator[tuple[str, bytes | None]]:
-    """Key and bytes of the wanted pictures; of the other shards only the keys are read."""
-    wanted = pa.array(sorted(keys), pa.string())
-
-    def holds(part: shards.ShardPart) -> bool:
-        listed = shards.read_part_columns(dataset, part, ["key"])
-        return bool(pc.any(pc.is_in(listed["key"], wanted)).as_py())
-
-    with ThreadPoolExecutor(NUM_LISTING_THREADS) as threads:
-        held = list(threads.map(holds, dataset.parts))
-    for part in itertools.compress(dataset.parts, held):
-        rows = shards.read_part_columns(dataset, part, ["key", "bytes"])
-        for row in rows.filter(pc.is_in(rows["key"], wanted)).to_pylist():
-            yield row["key"], row["bytes"]
+def _rows_of(rows: pa.Table, key: str) -> pa.Table:
+    return rows.filter(pc.equal(rows["key"], key))

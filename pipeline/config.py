@@ -219,8 +219,9 @@ class PreviewConfig(Settings):
     keypoints: str
     output: str
     images: str | None = None
-    pictures: int = Field(24, ge=1)
-    seed: int = 0
+    pictures: int = Field(28, ge=1, description="drawn, besides some rejected ones: in turns two of the worst, two by "
+                          "chance, one of each other kind")
+    seed: int = Field(0, description="another one draws other pictures")
     tracking: TrackingConfig = TrackingConfig()
 
 

@@ -36,10 +36,7 @@ def draw_picture(image_bgr: Image, persons: pa.Table, skeleton: Skeleton, *,
     persons  keypoint rows of this picture; each gets its number, the one with person_index `chosen` its box
              and score too
     """
-    height, width = image_bgr.shape[:2]
-    scale = min(1.0, MAX_SIDE / max(height, width))
-    size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
-    smaller = np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
+    smaller, scale = shrunk(image_bgr), _shrinking(image_bgr)
     joints = joint_array(persons, skeleton)
     # pixel centres are at integers, so that the picture's edge is at -0.5
     joints_xy = (joints[..., :2] + 0.5) * scale - 0.5
@@ -51,6 +48,19 @@ def draw_picture(image_bgr: Image, persons: pa.Table, skeleton: Skeleton, *,
             label += f": {row['score']:.2f}"
         _draw_label(drawn, xy, label)
     return drawn
+
+
+def shrunk(image_bgr: Image) -> Image:
+    """The picture, at most 720 px on its longer side."""
+    height, width = image_bgr.shape[:2]
+    scale = _shrinking(image_bgr)
+    size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _shrinking(image_bgr: Image) -> float:
+    height, width = image_bgr.shape[:2]
+    return float(min(1.0, MAX_SIDE / max(height, width)))
 
 
 def draw_persons(image_bgr: Image, joints_xy: Array, joint_scores: Array, skeleton: Skeleton, *,

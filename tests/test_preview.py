@@ -1,4 +1,4 @@
-"""Drawing, choosing and the page; and the job on a small dataset of made pictures."""
+"""The preview's page, and the job on small datasets of made pictures."""
 
 import hashlib
 import re
@@ -12,42 +12,33 @@ import pytest
 from jobs.preview import run
 from pipeline import shards, storage
 from pipeline.config import PreviewConfig
-from pipeline.drawing import COLOURS, contact_sheet, draw_persons, draw_picture, joint_side
-from pipeline.errors import ConfigError, DataError
-from pipeline.pose.skeleton import COCO17, Skeleton
-from pipeline.preview import (
-    Card,
-    Page,
-    Section,
-    choose_pictures,
-    mean_joint_scores,
-    rejected_pictures,
-    score_histogram,
-    write_page,
-)
-from pipeline.rows import SHARD_SCHEMA
-from tests.test_evaluation import TORSO3, keypoint_rows
+from pipeline.errors import ConfigError, DataError, ObjectMissing
+from pipeline.preview.histogram import ScoreHistograms
+from pipeline.preview.page import Card, Page, Section, write_page
+from pipeline.preview.panels import group_pictures
+from pipeline.preview.pictures import fetch_pictures
+from pipeline.rows import SHARD_SCHEMA, AnnotatedPicture
 from tests.test_export import picture, write_keypoints
 from tests.worlds import NO_TRACKING
 
-ARM = Skeleton("arm", ("left_wrist", "left_elbow", "right_wrist"), ((0, 1),), (), (0.1, 0.1, 0.1), (0, 1, 2))
 GREY = np.full((100, 200, 3), 127, np.uint8)
 HOSTILE = """<script>alert("1")</script>&'.jpg"""
 
 
-def rows_with_scores(*scores: float):
-    """Persons of one picture each, `0.jpg`, `1.jpg`, ..., with these scores."""
-    return keypoint_rows([{"key": f"{index}.jpg", "person_index": 0, "score": score, "keypoints": [1.0, 2.0, 0.5] * 3}
-                          for index, score in enumerate(scores)], TORSO3)
+def histograms(*values: float) -> ScoreHistograms:
+    """One histogram for each column, of these values alone."""
+    found = ScoreHistograms(len(values))
+    found.add(np.array([values]))
+    return found
 
 
 def page(*cards: Card, **more) -> Page:
     values = {
         "model": {"name": "mspn", "version": "3", "digest": "0123456789abcdef"},
         "counts": {"pictures": 3, "persons": 2, "no_person": 1, "rejected": 1, "reasons": {"corrupt": 1}},
-        "skeleton_name": "arm", "joint_scores": (("left_wrist", 0.5), ("nose", None)),
-        "histogram": ((1, 0, 2), 0.0, 1.5), "score_meaning": "", "rejected": (),
-        "sections": (Section("Worst", "the lowest", cards),)}
+        "skeleton_name": "arm", "joints": ("left_wrist", "nose"), "joint_scores": histograms(0.5, np.nan),
+        "person_scores": histograms(0.5), "persons_per_picture": {0: 1, 1: 2}, "score_meaning": "",
+        "sections": (Section("By score", "from the lowest on", cards),)}
     return Page(**(values | more))
 
 
@@ -67,128 +58,30 @@ class Elements(HTMLParser):
         self.text += data
 
 
-# --- drawing ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "side"), [
-    ("left_wrist", "left"), ("RightElbow", "right"), ("nose", "middle"), ("l_knee", "left"), ("pelvis", "middle"),
-    ("bright_spot", "middle"),
-])  # fmt: skip
-def test_a_joints_side_follows_from_its_name(name, side):
-    assert joint_side(name) == side
-
-
-def test_limbs_and_joints_have_the_colour_of_their_side():
-    joints_xy = np.array([[[20.0, 50.0], [120.0, 50.0], [160.0, 80.0]]])
-
-    drawn = draw_persons(GREY, joints_xy, np.ones((1, 3)), ARM)
-
-    np.testing.assert_allclose(drawn[50, 70], COLOURS["left"], atol=30)  # the edges of a thin line are smoothed
-    np.testing.assert_allclose(drawn[80, 160], COLOURS["right"], atol=30)
-
-
-def test_a_joint_with_a_low_score_is_hollow_and_its_limb_faded():
-    joints_xy = np.array([[[20.0, 50.0], [120.0, 50.0], [160.0, 80.0]]])
-
-    drawn = draw_persons(GREY, joints_xy, np.array([[1.0, 0.55, 0.55]]), ARM)
-
-    assert tuple(drawn[80, 160]) == (127, 127, 127)
-    blue = int(drawn[50, 70, 0])
-    assert 127 < blue < COLOURS["left"][0]
-
-
-def test_drawing_leaves_the_picture_as_it_was_and_joints_that_do_not_exist_out():
-    image = GREY.copy()
-
-    drawn = draw_persons(image, np.array([[[20.0, 50.0], [np.nan, np.nan], [1e9, 1e9]]]), np.ones((1, 3)), ARM)
-
-    assert (image == GREY).all()
-    assert tuple(drawn[50, 20]) == COLOURS["left"]
-    assert tuple(drawn[50, 70]) == (127, 127, 127)
-
-
-def test_a_picture_without_persons_is_drawn_as_it_is():
-    drawn = draw_persons(GREY, np.zeros((0, 3, 2)), np.zeros((0, 3)), ARM)
-    assert (drawn == GREY).all()
-
-
-def test_large_pictures_are_shrunk_and_the_joints_with_them():
-    image = np.zeros((1440, 2880, 3), np.uint8)
-    points = [400.0, 400.0, 1.0, 2400.0, 400.0, 1.0, 400.0, 1200.0, 1.0]
-    table = keypoint_rows([{"person_index": 0, "score": 1.0, "keypoints": points}], ARM)
-
-    drawn = draw_picture(image, table, ARM)
-
-    assert drawn.shape == (360, 720, 3)
-    assert tuple(drawn[100, 350]) == COLOURS["left"]
-
-
-def test_a_contact_sheet_fits_each_picture_whole_into_its_tile():
-    red = np.full((10, 40, 3), (0, 0, 255), np.uint8)
-
-    sheet = contact_sheet([red] * 5, columns=4, tile_wh=(40, 20))
-
-    assert sheet.shape == (40, 160, 3)
-    assert tuple(sheet[10, 20]) == (0, 0, 255)
-    assert tuple(sheet[2, 20]) == tuple(sheet[30, 100]) != (0, 0, 255)
-
-
-# --- choosing --------------------------------------------------------------------------------------------
-
-
-def test_worst_and_best_pictures_are_found_and_none_comes_twice():
-    chosen = choose_pictures(rows_with_scores(0.5, 0.9, 0.1, 0.7, 0.3, 0.8), num_pictures=6, seed=0)
-
-    assert [choice.key for choice in chosen["worst"]] == ["2.jpg", "4.jpg"]
-    assert [choice.key for choice in chosen["best"]] == ["1.jpg", "5.jpg"]
-    assert {choice.key for choice in chosen["random"]} == {"0.jpg", "3.jpg"}
-
-
-def test_the_same_seed_chooses_the_same_pictures():
-    table = rows_with_scores(*np.linspace(0.1, 1, 50))
-    keys = [[choice.key for choice in choose_pictures(table, num_pictures=6, seed=seed)["random"]]
-            for seed in (3, 3, 4)]
-    assert keys[0] == keys[1] != keys[2]
-
-
-def test_few_pictures_are_shown_once_each():
-    chosen = choose_pictures(rows_with_scores(0.5, 0.9), num_pictures=24, seed=0)
-    assert sum(len(choices) for choices in chosen.values()) == 2
-
-
-def test_the_numbers_beside_the_pictures_are_those_of_the_rows():
-    rejected = {"key": "x", "status": "rejected", "reason": "corrupt", "error": "bad"}
-    table = keypoint_rows([{"score": 0.5, "keypoints": [0, 0, 0.4] * 3}, {"score": 1.0, "keypoints": [0, 0, 0.6] * 3},
-                           rejected], TORSO3)
-
-    assert dict(mean_joint_scores(table, TORSO3))["nose"] == pytest.approx(0.5)
-    counts, low, high = score_histogram(table)
-    assert (sum(counts), low, high) == (2, 0.0, 1.0)
-    assert rejected_pictures(table) == (("x", "corrupt", "bad"),)
-
-
 # --- the page --------------------------------------------------------------------------------------------
 
 
 def test_hostile_names_stay_text():
-    card = Card(HOSTILE, GREY, (0.5,), 0)
-    missing = Card(HOSTILE, None, (0.5,), 0, note=HOSTILE)
+    card = Card(HOSTILE, HOSTILE, GREY, (0.5,), 0)
+    missing = Card(HOSTILE, HOSTILE, None, (0.5,), 0, note=HOSTILE)
+    refused = Card(HOSTILE, HOSTILE, None, note=HOSTILE, rejected=True)
 
     elements = Elements(write_page(page(
-        card, missing, model={"name": HOSTILE, "version": HOSTILE, "digest": HOSTILE}, skeleton_name=HOSTILE,
-        joint_scores=((HOSTILE, 0.5),), score_meaning=HOSTILE, rejected=((HOSTILE, HOSTILE, HOSTILE),),
+        card, missing, refused, model={"name": HOSTILE, "version": HOSTILE, "digest": HOSTILE}, skeleton_name=HOSTILE,
+        joints=(HOSTILE, "nose"), score_meaning=HOSTILE,
         counts={"pictures": 1, "persons": 1, "no_person": 0, "rejected": 2, "reasons": {HOSTILE: 1}})))
 
     assert "script" not in {tag for tag, _ in elements.tags}
-    assert elements.text.count(HOSTILE) >= 9
+    assert elements.text.count(HOSTILE) >= 13
     assert [attributes["alt"] for tag, attributes in elements.tags if tag == "img"] == [HOSTILE]
 
 
 def test_the_page_holds_everything_in_itself():
-    html = write_page(page(Card("a.jpg", GREY, (0.5,), 0)))
+    html = write_page(page(Card("a.jpg", "worst", GREY, (0.5,), 0)))
 
-    links = [value for _, attributes in Elements(html).tags for name, value in attributes.items()
-             if name in ("src", "href", "srcset")]
+    tags = Elements(html).tags
+    links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "srcset")]
+    assert [attributes["href"] for tag, attributes in tags if tag == "a"] == ["#section-0"]
     assert len(links) == 1
     assert all(link.startswith("data:image/jpeg;base64,") for link in links)
     assert not re.search(r"url\(|@import|https?:", html)
@@ -196,23 +89,43 @@ def test_the_page_holds_everything_in_itself():
 
 
 def test_the_page_says_model_counts_scores_and_reasons():
-    card = Card("street/a.jpg", None, (0.51, 1.25), 1, note="it was deleted")
+    gone = Card("street/a.jpg", "worst", None, (0.51, 1.25), 1, note="it was deleted")
+    refused = Card("b.jpg", "corrupt", None, note="no end", rejected=True)
 
-    text = Elements(write_page(page(card, rejected=(("b.jpg", "corrupt", "no end"),)))).text
+    text = Elements(write_page(page(gone, refused, persons_per_picture={0: 7, 2: 1234}))).text
 
     for expected in ("mspn version 3", "0123456789ab", "street/a.jpg", "0: 0.51", "1: 1.25", "it was deleted",
-                     "corrupt: 1", "b.jpg", "no end", "left_wrist", "0.50"):
+                     "corrupt", "the data contradicts its own format", "b.jpg", "no end", "left_wrist",
+                     "0.50 · 100 % low", "1,234"):
         assert expected in text
 
 
+def test_bars_go_to_the_largest_crowd():
+    assert group_pictures({}) == [("0", 0)]
+    assert group_pictures({0: 5, 2: 1}) == [("0", 5), ("1", 0), ("2", 1)]
+    assert group_pictures({1: 4, 12: 2, 19: 1, 20: 3})[-2:] == [("10 to 19", 3), ("20 to 49", 3)]
+    assert group_pictures({250: 1})[-1] == ("100 to 250", 1)
+
+
+def test_a_long_message_is_cut():
+    html = write_page(page(Card("a.jpg", "corrupt", None, note="x" * 5000, rejected=True)))
+    assert "x" * 300 + "..." in html
+    assert "x" * 301 not in html
+
+
 def test_a_crowds_scores_are_counted_and_the_chosen_one_is_shown():
-    text = Elements(write_page(page(Card("a.jpg", None, (0.5,) * 29 + (0.99,), 29)))).text
+    text = Elements(write_page(page(Card("a.jpg", "worst", None, (0.5,) * 29 + (0.99,), 29)))).text
 
     assert "29: 0.99" in text
     assert "and 17 more" in text
 
 
 # --- the job ---------------------------------------------------------------------------------------------
+
+
+def refused(key: str, reason: str, sha256: str | None = None) -> AnnotatedPicture:
+    about = {"key": key, "image_id": None, "etag": "e", "sha256": sha256, "width": None, "height": None}
+    return AnnotatedPicture(about, "rejected", reason, f"{key}: it is {reason}")
 
 
 def png(shade: int) -> bytes:
@@ -238,27 +151,70 @@ def test_pictures_under_a_prefix_are_drawn_and_a_changed_or_missing_one_says_so(
 
     result, html = preview(tmp_path, keys)
 
-    assert (result["pictures"], result["not_readable"]) == (1, 2)
+    assert (result["pictures"], result["not_readable"]) == (1, 3)
     assert "SHA-256 differs" in html
     assert "there is no such file" in html
     assert cv2.imread(result["contact_sheet"]).shape == (240, 1280, 3)
 
 
-def test_pictures_of_a_shard_dataset_are_found_in_their_parts(tmp_path):
+def write_shards(output: Path, rows: list[dict], source: dict) -> None:
+    """A shard dataset of one part for each row."""
     parts = []
-    for number, name in enumerate(("a.png", "b.png")):
-        row = dict.fromkeys(SHARD_SCHEMA.names)
-        data = shards.part_bytes([row | {"key": name, "bytes": png(number), "size": len(png(number))}])
+    for number, row in enumerate(rows):
+        data = shards.part_bytes([row])
         parts.append(shards.ShardPart(f"part-{number}.parquet", hashlib.sha256(data).hexdigest(), {}))
-        storage.put_if_absent(f"{tmp_path}/shards/shards/{parts[-1].name}", data)
-    storage.put_if_absent(f"{tmp_path}/shards/{shards.version_name(1)}",
-                          shards.dataset_json(parts, version=1, skeleton=None, source={}, counts={}))
+        storage.put_if_absent(f"{output}/shards/{parts[-1].name}", data)
+    storage.put_if_absent(f"{output}/{shards.version_name(1)}",
+                          shards.dataset_json(parts, version=1, skeleton=None, source=source, counts={}))
+
+
+def test_pictures_of_a_shard_dataset_are_found_in_their_parts(tmp_path):
+    rows = [dict.fromkeys(SHARD_SCHEMA.names) | {"key": name, "bytes": png(number), "size": len(png(number))}
+            for number, name in enumerate(("a.png", "b.png"))]
+    write_shards(tmp_path / "shards", rows, source={})
     keys = write_keypoints(tmp_path / "keypoints", [annotated("a.png", png(0)), annotated("b.png", png(1))],
                            source={"kind": "shards", "uri": f"{tmp_path}/shards", "version": 1})
 
     result, _ = preview(tmp_path, keys)
 
     assert (result["pictures"], result["not_readable"]) == (2, 0)
+
+
+def test_rejected_pictures_are_shown_with_their_reason_where_they_can_still_be_read(tmp_path):
+    for name, data in (("a.png", png(10)), ("sized.png", png(20)), ("text.png", b"text")):
+        storage.put_if_absent(f"{tmp_path}/pictures/{name}", data)
+    rejects = [refused("sized.png", "other_size"), refused("text.png", "not_a_picture"), refused("gone.png", "missing")]
+    keys = write_keypoints(tmp_path / "keypoints", [annotated("a.png", png(10)), *rejects],
+                           source={"kind": "prefix", "uri": f"{tmp_path}/pictures"})
+
+    result, html = preview(tmp_path, keys)
+
+    assert (result["pictures"], result["rejected"]) == (1, 3)
+    elements = Elements(html)
+    assert [attributes["alt"] for tag, attributes in elements.tags if tag == "img"] == ["a.png", "sized.png"]
+    for key, reason in (("sized.png", "other_size"), ("text.png", "not_a_picture"), ("gone.png", "missing")):
+        assert f"{key}: it is {reason}" in elements.text
+
+
+def test_three_pictures_of_each_reason_are_shown_and_all_are_counted(tmp_path):
+    rejects = [refused(f"{number}.png", "missing") for number in range(9)] + [refused("x.png", "changed")]
+    keys = write_keypoints(tmp_path / "keypoints", rejects)
+
+    result, html = preview(tmp_path, keys)
+
+    assert result["rejected"] == 4
+    assert re.search(r"<dt>missing</dt>.*?>9<", html)
+
+
+def test_what_a_shard_dataset_refused_is_looked_for_where_it_came_from(tmp_path):
+    storage.put_if_absent(f"{tmp_path}/pictures/a.png", png(7))
+    row = dict.fromkeys(SHARD_SCHEMA.names) | {"key": "a.png", "size": 1, "reason": "other_size"}
+    write_shards(tmp_path / "shards", [row], source={"images": f"{tmp_path}/pictures"})
+
+    fetched = dict(fetch_pictures({"kind": "shards", "uri": f"{tmp_path}/shards", "version": 1}, ["a.png", "b.png"]))
+
+    assert fetched["a.png"] == png(7)
+    assert isinstance(fetched["b.png"], ObjectMissing)
 
 
 def test_pictures_that_moved_are_found_by_images(tmp_path):
@@ -280,7 +236,3 @@ def test_an_existing_page_is_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="another --output"):
         preview(tmp_path, keys)
-
-
-def test_the_colours_are_the_same_for_every_skeleton():
-    assert {joint_side(name) for name in COCO17.joints} == set(COLOURS)
