@@ -55,8 +55,8 @@ class Survey:
     person_scores, joint_scores  histograms: of all persons, of each joint
     persons_per_picture          number of persons -> how many pictures have so many; rejected ones don't count
 
-    A million persons with 17 joints, in 800 parts on a local disk: 9 s of CPU, 44 MB of memory above the start; the
-    whole table takes 12 s and 1,366 MB.
+    A million persons with 17 joints, in 800 parts on a local disk: 8 s of CPU, 44 MB of memory above the start; the
+    whole table takes 10 s and 1,369 MB (benchmarks/preview.py).
     """
 
     def __init__(self, skeleton: Skeleton, *, num_pictures: int, seed: int) -> None:
