@@ -123,7 +123,8 @@ def _open_predictor(output: str, job: FrozenJob) -> Predictor:
     if intent["backend"] == "cuda" and not torch.cuda.is_available():
         raise DataError(f"{output} was begun on GPUs, but this process on {os.uname().nodename} has none. "
                         "Continue it where there are GPUs, or choose a new --output.")
-    torch.use_deterministic_algorithms(intent["deterministic"])
+    if torch.are_deterministic_algorithms_enabled() != intent["deterministic"]:  # to say so imports a compiler: 2 s
+        torch.use_deterministic_algorithms(intent["deterministic"])
     with tempfile.TemporaryDirectory() as folder:
         model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
         if model_digest(model) != intent["model"]:
