@@ -27,7 +27,7 @@ from pipeline.model_reference import download_model
 from pipeline.prediction import Predictor
 from pipeline.reuse import EarlierPictures
 from pipeline.rows import Boxes, count_rows
-from pipeline.units import FrozenJob, read_unit
+from pipeline.units import FrozenJob, read_unit, refuse_if_begun_again
 
 MODEL_FOLDER = "_model"
 COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
@@ -95,6 +95,7 @@ class UnitAnnotator:
             if storage.exists(part):
                 return Receipt(unit, THERE)
             data, counts = self._part(unit, earlier_parts, detected)
+            refuse_if_begun_again(self.output, self.job)
             return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
         except FAILURES as error:
             return failure_receipt(unit, error)
