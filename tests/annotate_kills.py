@@ -9,6 +9,7 @@ What is run is the job's own code, its units one after the other without Ray. A 
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -34,7 +35,20 @@ from pipeline.annotation_seal import SUCCESS
 from pipeline.config import AnnotateConfig, ShardConfig
 from pipeline.model import directory
 from tests.fault_proxy import AFTER, BEFORE, Logged
-from tests.kill_points import AtRandom, EndAt, EndAtNew, Judge, client, fork, signal_at, wait, watch_disk, wire
+from tests.kill_points import (
+    AtRandom,
+    EndAt,
+    EndAtNew,
+    Judge,
+    Step,
+    client,
+    do_nothing,
+    end_at,
+    fork,
+    wait,
+    watch_disk,
+    wire,
+)
 from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING, TINY, write_tiny_model
 
@@ -54,15 +68,28 @@ class Run:
     listed: bool
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run that may still be at work."""
+
+    process: int
+    noted: Callable[[], tuple[frozenset[str], bool]]  # the input objects that it has read, and whether it listed
+    errors: Path
+
+    def end(self) -> Run:
+        """The run, once it has ended."""
+        code = wait(self.process)
+        return Run(code, self.errors.read_text(), *self.noted())
+
+
 Objects = dict[str, bytes]
-Begin = Callable[[str], object]  # begins the job with this output; called in a child process
 
 
 class Place(Protocol):
-    """Where a run writes, and how it is ended there."""
+    """Where a run writes."""
 
     def uri(self, name: str) -> str:
-        """Of an output, or of `in`, the input."""
+        """Of an output."""
 
     def objects(self, name: str) -> Objects:
         """What a reader sees in an output: names and bytes, without probes and signs of life."""
@@ -88,7 +115,7 @@ class World:
         PLANT[self.bug]()
         annotate.run(AnnotateConfig(
             input=self.input, model=self.model, output=output, boxes="whole-image", tracking=NO_TRACKING,
-            pictures_per_unit=PICTURES_PER_UNIT, threads=1, flip=False))
+            pictures_per_unit=PICTURES_PER_UNIT, threads=1, backend="cpu", flip=False))
 
     def inputs_of_units(self, output: str) -> dict[str, list[str]]:
         """For each unit of a run its input objects, by their names in the input."""
@@ -115,7 +142,6 @@ def write_world(folder: Path) -> None:
 def make_forks_cheap() -> None:
     """What every child would do again, done once: imports, the SDK's descriptions, the network without its weights."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(False)  # imports its compiler, for 2 s
     with torch.device("meta"):
         network = directory.MSPN(TINY)
     directory.MSPN = lambda _: network  # type: ignore[assignment, misc]
@@ -205,20 +231,30 @@ class Disk:
         paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
         return {found: path.read_bytes() for found, path in paths.items() if _is_visible(found)}
 
-    def run(self, name: str, number: int) -> Run:
-        """Run the job into this output, and end it at its number-th step; -1: leave it alone."""
-        noted, errors = self.folder / f"{name}.noted", self.folder / f"{name}.errors"
+    def run(self, name: str, number: int | None = None) -> Run:
+        """Run the job into this output, and end it at its number-th step, if one is given."""
+        return self.start(name, do_nothing if number is None else end_at(number)).end()
+
+    def start(self, name: str, step: Step, world: World | None = None) -> Started:
+        """Begin the job; its process calls `step` before each of its steps."""
+        files = self.folder / f"{name}-{uuid.uuid4().hex}"
+        noted, errors = files.with_suffix(".noted"), files.with_suffix(".errors")
         noted.write_text("")
 
         def work() -> None:
             note_reads(noted)
-            watch_disk(signal_at(number), self.uri(name))
-            self.world.begin(self.uri(name))
+            watch_disk(step, self.uri(name))
+            (world or self.world).begin(self.uri(name))
 
-        code = wait(fork(work, errors))
-        asked, root = noted.read_text().splitlines(), self.world.input
-        read = frozenset(uri.removeprefix(f"{root}/") for uri in asked if uri.startswith(f"{root}/"))
-        return Run(code, errors.read_text(), read, root in asked)
+        def what_it_noted() -> tuple[frozenset[str], bool]:
+            asked, root = noted.read_text().splitlines(), self.world.input
+            return frozenset(uri.removeprefix(f"{root}/") for uri in asked if uri.startswith(f"{root}/")), root in asked
+
+        return Started(fork(work, errors), what_it_noted, errors)
+
+    def remove(self, name: str) -> None:
+        """Delete an output, as its owner may."""
+        shutil.rmtree(self.uri(name), ignore_errors=True)
 
 
 def note_reads(into: Path) -> None:
@@ -244,7 +280,7 @@ def kill_each_step(disk: Disk, judgement: Judgement, share: slice) -> None:
         if killed.code != KILLED:
             judgement.must_be_finished(f"step {number}, which it doesn't have", killed, after)
             return
-        again = disk.run(name, -1)
+        again = disk.run(name)
         finished = disk.objects(name)
         judgement.look(f"after step {number}", after, again, finished)
         judgement.must_be_finished(f"after step {number}", again, finished)
@@ -283,35 +319,46 @@ class Bucket:
         for sign in sorted(signs, key=lambda one: one["LastModified"])[:-1]:
             self._client.delete_object(Bucket=self.bucket, Key=sign["Key"])
 
-    def run(self, name: str, judge_of: Callable[[int], Judge] | None) -> Run:
+    def run(self, name: str, judge_of: Callable[[int], Judge] | None = None) -> Run:
         """Run the job into this output; `judge_of` its process decides over each of its requests."""
-        begun = len(self.wire.log())
-        errors = self.folder / f"{name}.errors"
+        return self.start(name, judge_of).end()
+
+    def start(self, name: str, judge_of: Callable[[int], Judge] | None = None, world: World | None = None) -> Started:
+        """Begin the job; a judge holds for all that are at work, until the next one is begun."""
+        begun, endpoint = len(self.wire.log()), self.wire.endpoint()
+        errors = self.folder / f"{name}-{uuid.uuid4().hex}.errors"
         ready, go = os.pipe()
 
         def work() -> None:
             os.read(ready, 1)
-            os.environ["AWS_ENDPOINT_URL"] = self.wire_endpoint
-            self.world.begin(self.uri(name))
+            os.environ["AWS_ENDPOINT_URL"] = endpoint
+            (world or self.world).begin(self.uri(name))
 
-        self.wire_endpoint = self.wire.endpoint()
-        child = fork(work, errors)
-        self.wire.judge(judge_of(child) if judge_of else None)
+        def what_it_asked() -> tuple[frozenset[str], bool]:
+            asked, root = self.wire.log()[begun:], self.world.input[4:]
+            read = frozenset(one.path.removeprefix(f"{root}/").partition("?")[0] for one in asked
+                             if one.kind == "GET" and one.path.startswith(f"{root}/"))
+            prefix = f"prefix={root.rpartition('/')[2]}%2F"
+            return read, any(one.kind == "LIST" and prefix in one.path for one in asked)
+
+        process = fork(work, errors)
+        self.wire.judge(judge_of(process) if judge_of else None)
         os.write(go, b".")
-        code = wait(child)
         os.close(ready)
         os.close(go)
-        asked, root = self.wire.log()[begun:], self.world.input[4:]
-        read = frozenset(one.path.removeprefix(f"{root}/").partition("?")[0] for one in asked
-                         if one.kind == "GET" and one.path.startswith(f"{root}/"))
-        listed = any(one.kind == "LIST" and f"prefix={root.rpartition('/')[2]}%2F" in one.path for one in asked)
-        return Run(code, errors.read_text(), read, listed)
+        return Started(process, what_it_asked, errors)
+
+    def remove(self, name: str) -> None:
+        """Delete an output, as its owner may."""
+        for one in self._client.list_objects_v2(Bucket=self.bucket, Prefix=f"{name}/").get("Contents", []):
+            self._client.delete_object(Bucket=self.bucket, Key=one["Key"])
 
     def let_go_of_late(self) -> None:
-        """Let the requests that were on their way when their client was killed reach the server."""
+        """Let the requests that were on their way when their client was killed reach the server, up to now."""
         self.wire.let_go()
         while self.wire.num_late():
             time.sleep(0.01)
+        self.wire.hold()
 
 
 def kill_each_request(bucket: Bucket, judgement: Judgement, share: slice) -> None:
@@ -325,7 +372,7 @@ def kill_each_request(bucket: Bucket, judgement: Judgement, share: slice) -> Non
             if killed.code != KILLED:
                 judgement.must_be_finished(f"{at}, which it doesn't have", killed, after)
                 return
-            again = bucket.run(name, None)
+            again = bucket.run(name)
             finished = bucket.objects(name)
             judgement.look(f"again, ended {at}", after, again, finished)
             judgement.must_be_finished(f"again, ended {at}", again, finished)
@@ -401,9 +448,9 @@ def _put_without_condition() -> None:
 def _seal_early() -> None:
     annotate_all = annotate._annotate_missing_units
 
-    def seal_first(config: AnnotateConfig, job: Any, choice: Any) -> int:
+    def seal_first(config: AnnotateConfig, job: Any) -> int:
         storage.put_if_absent(storage.join(config.output, SUCCESS), b'{"version": 1, "counts": {}}')
-        return annotate_all(config, job, choice)
+        return annotate_all(config, job)
 
     annotate._annotate_missing_units = seal_first
 
@@ -429,16 +476,22 @@ PLANT: dict[str, Callable[[], None]] = {"": lambda: None, "overwrites": _put_wit
 def main(options: argparse.Namespace) -> dict[str, object]:
     """How many points there were, how long it took, and what was wrong at which of them."""
     began = time.monotonic()
-    make_forks_cheap()
-    folder = Path(options.folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TMPDIR"] = str(folder)  # what a killed process leaves
-    if not (folder / "in").exists():
-        assert wait(fork(lambda: write_world(folder), folder / "world.errors")) == 0
+    folder = prepare(options.folder)
     judgements = in_parallel(options.workers, lambda worker: work(options, folder, worker))
     wrong = [text for one in judgements for text in one.wrong]
     return {"points": sum(one.points for one in judgements), "wrong": wrong,
             "seconds": round(time.monotonic() - began, 1)}
+
+
+def prepare(place: str) -> Path:
+    """Get ready to fork, and make the world in this folder, unless it is there; the folder."""
+    make_forks_cheap()
+    folder = Path(place).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = str(folder)  # what a killed process leaves
+    if not (folder / "in").exists():
+        assert wait(fork(lambda: write_world(folder), folder / "world.errors")) == 0
+    return folder
 
 
 def in_parallel(workers: int, work: Callable[[int], Judgement]) -> list[Judgement]:
@@ -464,10 +517,7 @@ def work(options: argparse.Namespace, folder: Path, worker: int) -> Judgement:
         judgement = unbroken(disk, disk.world, mine)
         kill_each_step(disk, judgement, share)
         return judgement
-    with wire(os.environ["AWS_ENDPOINT_URL"]) as proxy:
-        name = f"kills-{os.getpid()}-{time.time_ns()}"
-        bucket = Bucket(name, World(f"s3://{name}/{options.input}", str(folder / "model"), options.bug), proxy, mine)
-        fill_bucket(bucket, folder / options.input)
+    with open_bucket(mine, folder / options.input, folder / "model", options.bug) as bucket:
         judgement = unbroken(bucket, bucket.world, mine)
         if options.mode == "bucket":
             kill_each_request(bucket, judgement, share)
@@ -477,21 +527,31 @@ def work(options: argparse.Namespace, folder: Path, worker: int) -> Judgement:
             if not judgement.wrong:
                 disturb_at_random(bucket, judgement, options.seed + worker + options.workers * number)
         bucket.let_go_of_late()
-        judgement.must_be_put_once(proxy.log())
+        judgement.must_be_put_once(bucket.wire.log())
         return judgement
 
 
-def unbroken(place: Place, world: World, folder: Path) -> Judgement:
+@contextlib.contextmanager
+def open_bucket(folder: Path, source: Path, model: Path, bug: str = "") -> Iterator[Bucket]:
+    """A new bucket with the input, behind a proxy of its own."""
+    with wire(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        name = f"kills-{os.getpid()}-{time.time_ns()}"
+        bucket = Bucket(name, World(f"s3://{name}/{source.name}", str(model), bug), proxy, folder)
+        fill_bucket(bucket, source)
+        yield bucket
+
+
+def unbroken(place: Place, world: World, folder: Path, name: str = "whole") -> Judgement:
     """What a run gives that nobody disturbs, and no bug."""
     sound = World(world.input, world.model)
 
     def run() -> None:
-        sound.begin(place.uri("whole"))
-        (folder / "inputs.json").write_text(json.dumps(sound.inputs_of_units(place.uri("whole"))))
+        sound.begin(place.uri(name))
+        (folder / "inputs.json").write_text(json.dumps(sound.inputs_of_units(place.uri(name))))
 
-    errors = folder / "whole.errors"
+    errors = folder / f"{name}.errors"
     assert wait(fork(run, errors)) == 0, errors.read_text()
-    return Judgement(place.objects("whole"), json.loads((folder / "inputs.json").read_text()))
+    return Judgement(place.objects(name), json.loads((folder / "inputs.json").read_text()))
 
 
 def fill_bucket(bucket: Bucket, source: Path) -> None:

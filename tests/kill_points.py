@@ -68,19 +68,41 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait_until_stopped(child: int) -> None:
+    """Wait until the child has been stopped."""
+    _, status = os.waitpid(child, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), status
+
+
 # --- on a disk ----------------------------------------------------------------------------------------------------
 
 Step = Callable[[str, str], None]  # called before each step with its name and path
 SEAM = ("list_objects", "read", "describe", "sha256", "put_if_absent", "remove", "arrow_filesystem")
 
 
-def signal_at(number: int) -> Step:
+def do_nothing(name: str, path: str) -> None:
+    """Take every step."""
+
+
+def end_at(number: int) -> Step:
     """End this process at its number-th step."""
     steps = itertools.count()
 
     def step(name: str, path: str) -> None:
         if next(steps) == number:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+
+def stop_at(wanted: str, part: str) -> Step:
+    """Stop this process (SIGSTOP) at its first step of this name at a path with this in it."""
+    stops = iter([signal.SIGSTOP])
+
+    def step(name: str, path: str) -> None:
+        if name == wanted and part in path:
+            for stop in stops:
+                os.kill(os.getpid(), stop)
 
     return step
 
@@ -104,15 +126,18 @@ def watch_disk(step: Step, root: str) -> None:
         return ours
 
     storage_disk.put_if_absent = put_and_done
-    for name in ("link", "unlink"):
-        setattr(os, name, _watched(getattr(os, name), name, below_root))
-    fsync = os.fsync
+    os.unlink = _watched(os.unlink, "unlink", below_root)
+    link, fsync = os.link, os.fsync
+
+    def watched_link(temporary: Any, path: Any) -> None:
+        below_root("link", path)
+        link(temporary, path)
 
     def watched_fsync(descriptor: int) -> None:
         below_root("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    os.fsync = watched_fsync
+    os.link, os.fsync = watched_link, watched_fsync  # type: ignore[assignment]
     opened = Path.open
     Path.open = lambda path, mode="r", *rest, **options: (  # type: ignore[method-assign, assignment]
         _HalfWriter(opened(path, mode, *rest, **options), partial(below_root, "half written", path)) if mode == "xb"
@@ -215,22 +240,33 @@ class AtRandom:
 
 @dataclass
 class StopAt:
-    """Stops a process (SIGSTOP) once the answer to a request of this kind and path is on its way to it."""
+    """Stops a process (SIGSTOP) once the answer to its first request of this kind and path is on its way to it."""
 
     process: int
     kind: str
     path: str
-    when: str = AFTER
 
     def __call__(self, request: Logged) -> Fault | None:
         """The fault of this request."""
-        if (request.kind, self.path in request.path) != (self.kind, True):
+        if request.kind != self.kind or self.path not in request.path:
             return None
         self.kind = ""
-        return Fault("hook", self.when, hook=partial(os.kill, self.process, signal.SIGSTOP))
+        return Fault("hook", AFTER, hook=partial(os.kill, self.process, signal.SIGSTOP))
 
 
-Judge = EndAt | EndAtNew | AtRandom | StopAt
+@dataclass
+class EndInFlight:
+    """Ends a process at its first put to this path, which reaches the server only when it is let go."""
+
+    process: int
+    path: str
+
+    def __call__(self, request: Logged) -> Fault | None:
+        """The fault of this request."""
+        return end(self.process, LATE) if request.kind == "PUT" and self.path in request.path else None
+
+
+Judge = EndAt | EndAtNew | AtRandom | StopAt | EndInFlight
 
 
 class Wire:
@@ -257,8 +293,12 @@ class Wire:
         return list(self._proxy.log)
 
     def let_go(self) -> None:
-        """Let the late requests reach the server, now and from now on."""
+        """Let the late requests reach the server, until they are held again."""
         self._proxy.let_go.set()
+
+    def hold(self) -> None:
+        """Hold late requests, as at first."""
+        self._proxy.let_go.clear()
 
     def num_late(self) -> int:
         """How many are still held."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,25 +32,25 @@ class Harness:
     process: subprocess.Popen[str]
     command: list[str]
 
-    def found(self) -> tuple[int, list[str]]:
-        """At how many points a run was killed, and what was wrong."""
+    def printed(self) -> dict[str, Any]:
+        """What it prints."""
         output, errors = self.process.communicate()
         assert self.process.returncode == 0, f"{' '.join(self.command)}:\n{errors[-4000:]}"
-        found = json.loads(output)
-        return found["points"], found["wrong"]
+        printed: dict[str, Any] = json.loads(output)
+        return printed
 
 
-def begin(mode: str, folder: Path, server: S3Server, *options: str) -> Harness:
-    command = [sys.executable, "-m", "tests.annotate_kills", mode, str(folder), *options]
+def begin(mode: str, folder: Path, server: S3Server, *options: str, program: str = "annotate_kills") -> Harness:
+    command = [sys.executable, "-m", f"tests.{program}", mode, str(folder), *options]
     return Harness(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **server.environment}, text=True,
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True), command)
 
 
 def nothing_is_wrong(harness: Harness, *, points: int) -> bool:
     """Whether all of at least so many points are right; what isn't is said with the command that shows it again."""
-    found, wrong = harness.found()
-    assert not wrong, "\n".join(["again: " + " ".join(harness.command[1:]), *wrong])
-    return found >= points
+    found = harness.printed()
+    assert not found["wrong"], "\n".join(["again: " + " ".join(harness.command[1:]), *found["wrong"]])
+    return bool(found["points"] >= points)
 
 
 @pytest.fixture(scope="module")
@@ -94,5 +95,12 @@ def test_with_faults_of_each_kind_and_kills_at_random_it_is_finished(
 @pytest.mark.parametrize("mode", ["disk", "chain"])
 @pytest.mark.parametrize("bug", ["overwrites", "seals early", "lists again"])
 def test_the_harness_finds_planted_bugs(tmp_path: Path, s3: S3Server, mode: str, bug: str) -> None:
-    _, wrong = begin(mode, tmp_path, s3, "--bug", bug).found()
-    assert wrong
+    assert begin(mode, tmp_path, s3, "--bug", bug).printed()["wrong"]
+
+
+@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.slow)])
+def test_drivers_beside_each_other_and_zombies_that_wake_up_late_harm_nothing(
+        tmp_path: Path, s3: S3Server, place: str) -> None:
+    told = begin(place, tmp_path, s3, program="annotate_zombies").printed()
+    assert len(told) >= 5
+    assert {story: wrong for story, wrong in told.items() if wrong} == {}
