@@ -21,15 +21,16 @@ from jobs.record import record_run
 from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
-from pipeline.annotation_seal import count_parts, seal, sealed_counts
+from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
 from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
 from pipeline.config import AnnotateConfig, locations
+from pipeline.errors import DataError
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.reuse import earlier_parts, open_earlier
 from pipeline.rows import ROW_VERSION
 from pipeline.unit_annotator import MODEL_FOLDER, Receipt
-from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_other_intent
+from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
 
 logger = logging.getLogger("jobs.annotate")
 # Units that the service kept from being committed are begun again after these pauses, each request having been retried
@@ -47,7 +48,8 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
             job = freeze(config, model)
-            if (counts := sealed_counts(config.output)) is not None:
+            if (counts := sealed_counts(config.output, job)) is not None:
+                _refuse_lost_parts(config.output, job)
                 logger.info("%s is complete; nothing was done", config.output)
                 return _result(config.output, job, counts, committed=0)
             committed = _annotate_missing_units(config, job)
@@ -87,7 +89,7 @@ def freeze(config: AnnotateConfig, model: FoundModel,
                              before_commit=boxes.freeze)
             logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
         refuse_other_intent(job, config.output, input=source, intent=intent)
-        if sealed_counts(config.output) is None:
+        if sealed_counts(config.output, job) is None:
             boxes.freeze(job)  # a run that an earlier program began has its boxes in another form
     return job
 
@@ -143,7 +145,8 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> int:
 
 
 def missing_units(output: str, job: FrozenJob) -> list[int]:
-    """The units without a part, ascending, from one listing."""
+    """The units without a part, ascending, from one listing. Refuses (DataError) an output that was begun again."""
+    refuse_if_begun_again(output, job)
     return sorted(set(range(job.num_units)) - committed_units(output, keypoints.FOLDER, job))
 
 
@@ -205,6 +208,12 @@ def _seal(config: AnnotateConfig, job: FrozenJob) -> dict[str, Any]:
     refuse_too_many_rejected(counts, config.max_rejected_share * job.plan["pictures"])
     seal(config.output, job, counts, parts)
     return counts
+
+
+def _refuse_lost_parts(output: str, job: FrozenJob) -> None:
+    if missing := missing_units(output, job):
+        raise DataError(f"{output} has {SUCCESS}, but {len(missing)} of its parts are gone since, the first of them "
+                        f"{job.part_name(missing[0])}. Put them back, or remove {SUCCESS} and run again, to make them.")
 
 
 def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: int) -> dict[str, Any]:

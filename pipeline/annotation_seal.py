@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import keypoints, storage
 from pipeline.ahead import map_ahead
 from pipeline.errors import DataError
-from pipeline.units import FrozenJob, total_counts
+from pipeline.units import FrozenJob, refuse_if_begun_again, total_counts
 
 VERSION = 1
 SUCCESS = "_SUCCESS"
@@ -22,8 +22,11 @@ PARTS_FOLDER = "_parts"
 PARTS_SCHEMA = pa.schema([("unit", pa.int32()), ("part", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
 
 
-def sealed_counts(output: str) -> dict[str, Any] | None:
-    """The totals of a finished run, or None if there is no `_SUCCESS`; a newer format is refused (DataError)."""
+def sealed_counts(output: str, job: FrozenJob) -> dict[str, Any] | None:
+    """The totals of a finished run, or None if there is no `_SUCCESS`.
+
+    Refuses (DataError) one of a newer format, and that of another job.
+    """
     uri = storage.join(output, SUCCESS)
     try:
         values = json.loads(storage.read_object(uri))
@@ -31,6 +34,9 @@ def sealed_counts(output: str) -> dict[str, Any] | None:
         return None
     if values.get("version", VERSION) > VERSION:
         raise DataError(f"{uri} has version {values['version']}; this program reads up to {VERSION}. Update it.")
+    if values.get("job", job.digest) != job.digest:
+        raise DataError(f"{uri} is that of job {values['job'][:8]}, but the output is job {job.digest[:8]}'s: what "
+                        "stands there is not known to be complete. Move it elsewhere, and run again.")
     counts: dict[str, Any] = values["counts"]
     return counts
 
@@ -50,7 +56,10 @@ def count_parts(output: str, job: FrozenJob) -> tuple[dict[str, Any], pa.Table]:
 
 
 def seal(output: str, job: FrozenJob, counts: dict[str, Any], parts: pa.Table) -> None:
-    """Put the list of parts, then `_SUCCESS`, which names it. Whoever else seals puts the same."""
+    """Put the list of parts, then `_SUCCESS`, which names it. Whoever else seals puts the same.
+
+    Refuses (DataError) an output that was begun again meanwhile.
+    """
     sink = pa.BufferOutputStream()
     pq.write_table(parts, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -59,6 +68,7 @@ def seal(output: str, job: FrozenJob, counts: dict[str, Any], parts: pa.Table) -
     storage.put_if_absent(storage.join(output, listed), data)
     success = {"version": VERSION, "job": job.digest, "units": job.num_units, "counts": counts,
                "parts": {"object": listed, "sha256": sha256}}
+    refuse_if_begun_again(output, job)
     storage.put_if_absent(storage.join(output, SUCCESS), json.dumps(success, indent=1).encode())
 
 

@@ -58,7 +58,7 @@ def run_status(output: str) -> RunStatus:
 
 def _annotate_status(output: str, job: FrozenJob) -> RunStatus:
     signs = signs_of_life(output)
-    counts, estimated = sealed_counts(output), False
+    counts, estimated = sealed_counts(output, job), False
     complete = counts is not None
     done = set(range(job.num_units)) if complete else committed_units(output, keypoints.FOLDER, job)
     if counts is None:

@@ -27,7 +27,7 @@ from pipeline.model_reference import download_model
 from pipeline.prediction import Predictor
 from pipeline.reuse import EarlierPictures
 from pipeline.rows import Boxes, count_rows
-from pipeline.units import FrozenJob, read_unit
+from pipeline.units import FrozenJob, read_unit, refuse_if_begun_again
 
 MODEL_FOLDER = "_model"
 COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
@@ -95,6 +95,7 @@ class UnitAnnotator:
             if storage.exists(part):
                 return Receipt(unit, THERE)
             data, counts = self._part(unit, earlier_parts, detected)
+            refuse_if_begun_again(self.output, self.job)
             return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
         except FAILURES as error:
             return failure_receipt(unit, error)
@@ -128,7 +129,8 @@ def _open_predictor(output: str, job: FrozenJob) -> Predictor:
     if intent["backend"] == "cuda" and not torch.cuda.is_available():
         raise DataError(f"{output} was begun on GPUs, but this process on {os.uname().nodename} has none. "
                         "Continue it where there are GPUs, or choose a new --output.")
-    torch.use_deterministic_algorithms(intent["deterministic"])
+    if torch.are_deterministic_algorithms_enabled() != intent["deterministic"]:  # to say so imports a compiler: 2 s
+        torch.use_deterministic_algorithms(intent["deterministic"])
     with tempfile.TemporaryDirectory() as folder:
         model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
         if model_digest(model) != intent["model"]:

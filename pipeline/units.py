@@ -106,6 +106,18 @@ def freeze_job(output: str, units: Iterable[pa.Table], *, input: dict[str, Any],
     return job
 
 
+def refuse_if_begun_again(output: str, job: FrozenJob) -> None:
+    """Refuse (DataError) to put anything more at an output that was deleted, or deleted and begun again, meanwhile.
+
+    For who may have slept: asked right before a put. What was sent before it is not held back.
+    """
+    there = open_job(output)
+    if there is None or there.digest != job.digest:
+        now = "has been deleted" if there is None else f"has been deleted and begun again as job {there.digest[:8]}"
+        raise DataError(f"{output}: the output of job {job.digest[:8]} {now} while this process was at work on it. "
+                        "Nothing more is put there.")
+
+
 def refuse_other_intent(job: FrozenJob, output: str, *, input: dict[str, Any], intent: dict[str, Any],
                         added: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Refuse (ConfigError) to go on with a run that was begun otherwise; each difference is named.

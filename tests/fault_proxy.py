@@ -1,7 +1,8 @@
 """An HTTP proxy in front of an S3 server that fails on request, so that tests see what a client sees of a bad network.
 
 Requests pass unchanged, the Host header too, so that their signatures hold. A fault is for the next requests of one
-kind (GET, LIST, HEAD, PUT, DELETE) whose path contains a text; all others pass.
+kind (GET, LIST, HEAD, PUT, DELETE) whose path contains a text; all others pass. A judge may decide over each request
+instead, and end the client at any of them.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import http.client
 import select
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +28,11 @@ class Fault:
 
     `action`  status: an error answer · timeout: none at all · reset: the connection breaks · truncate: half of the
               answer's body, then the connection breaks · flip: one byte of the body is another (a PUT's on its way to
-              the store, a GET's on its way back) · hook: nothing, but `hook` is called first
-    `when`    whether status, timeout and reset come before the store hears of the request, or after it was applied
+              the store, a GET's on its way back) · hook: nothing, but `hook` is called · late: no answer, and the store
+              hears of the request only when the proxy is told to let go of what is late
+    `when`    whether status, timeout, reset and `hook` come before the store hears of the request, or after it was
+              applied
+    `hook`    called then, whatever the action
     """
 
     action: str
@@ -35,6 +40,11 @@ class Fault:
     status: int = 500
     code: str = "InternalError"
     hook: Callable[[], None] | None = None
+
+    def call_hook(self, now: str) -> None:
+        """Call the hook, if there is one for this moment."""
+        if self.hook is not None and self.when == now:
+            self.hook()
 
 
 INTERNAL_ERROR = Fault("status")
@@ -63,12 +73,14 @@ class _Script:
 
 @dataclass
 class Logged:
-    """A request. `headers`: their names in lower case; `status`: None where the client got no answer."""
+    """A request. `headers`: their names in lower case; `status`: None where the client got no answer; `applied`: the
+    store's own answer, None where it heard nothing."""
 
     kind: str
     path: str
     headers: set[str]
     status: int | None = None
+    applied: int | None = None
 
 
 @dataclass
@@ -86,6 +98,9 @@ class FaultProxy:
     upstream: tuple[str, int]
     endpoint: str = ""
     log: list[Logged] = field(default_factory=list)
+    judge: Callable[[Logged], Fault | None] | None = None  # asked for each request, one at a time, before the scripts
+    let_go: threading.Event = field(default_factory=threading.Event)  # of what is late
+    num_late: int = 0  # that are still held
     _scripts: list[_Script] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -96,7 +111,7 @@ class FaultProxy:
         """Run a proxy of this server for the time of the block."""
         address = urlsplit(endpoint)
         proxy = cls((str(address.hostname), int(address.port or 80)))
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
+        server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": proxy}))
         server.daemon_threads = True
         proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -123,13 +138,23 @@ class FaultProxy:
         """The paths of all requests of one kind so far."""
         return [one.path for one in self.log if one.kind == kind]
 
-    def _next_fault(self, kind: str, path: str) -> Fault | None:
+    def _next_fault(self, request: Logged) -> Fault | None:
         with self._lock:
+            judged = self.judge(request) if self.judge else None
+            if judged is not None:
+                return judged
             for script in self._scripts:
-                if script.times and script.kind == kind and script.path in path:
+                if script.times and script.kind == request.kind and script.path in request.path:
                     script.times -= 1
                     return script.fault
         return None
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that breaks its connection is no error here."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,17 +173,20 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "LIST" if self.command == "GET" and "list-type=2" in self.path else self.command
         self._logged = Logged(kind, self.path, {name.lower() for name in self.headers})
         self.proxy.log.append(self._logged)
-        fault = self.proxy._next_fault(kind, self.path) or Fault("none")
-        if fault.hook is not None:
-            fault.hook()
+        fault = self.proxy._next_fault(self._logged) or Fault("none")
+        fault.call_hook(BEFORE)
         if fault.action == "flip" and kind == "PUT":
             body = _flip(body)
-        if fault.action in ("status", "timeout", "reset"):
+        if fault.action == "late":
+            self._forward_late(body)
+        elif fault.action in ("status", "timeout", "reset"):
             if fault.when == AFTER:
                 self._forward(body)
+                fault.call_hook(AFTER)
             self._fail(fault)
         else:
             answer = self._forward(body)
+            fault.call_hook(AFTER)
             if fault.action == "flip" and kind != "PUT":
                 answer.body = _flip(answer.body)
             self._send(answer, cut=fault.action == "truncate")
@@ -170,6 +198,15 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_expect_100()
         self.wfile.flush()
         return True
+
+    def _forward_late(self, body: bytes) -> None:
+        self.close_connection = True
+        with self.proxy._lock:
+            self.proxy.num_late += 1
+        self.proxy.let_go.wait()
+        self._forward(body)
+        with self.proxy._lock:
+            self.proxy.num_late -= 1
 
     def _forward(self, body: bytes) -> _Answer:
         if self._onward is None:
@@ -187,6 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
                 onward.putheader(name, value)
         onward.endheaders(body or None)
         answer = onward.getresponse()
+        self._logged.applied = answer.status
         return _Answer(answer.status, answer.reason, answer.getheaders(), answer.read())
 
     def _send(self, answer: _Answer, *, cut: bool = False) -> None:

@@ -101,6 +101,26 @@ def test_a_run_whose_own_model_was_changed_stops_and_says_so(world: Path, finish
         annotate.run(config(world, str(finished)))
 
 
+def test_a_part_that_is_gone_from_a_finished_output_is_named(world: Path, finished: Path) -> None:
+    lost = min((finished / "keypoints").iterdir())
+    lost.unlink()
+    with pytest.raises(DataError, match=f"1 of its parts are gone since, the first of them {lost.name}"):
+        annotate.run(config(world, str(finished)))
+
+
+def test_another_jobs_part_in_a_finished_output_is_named(world: Path, finished: Path) -> None:
+    (finished / "keypoints" / "part-0000001-00000000.parquet").write_bytes(b"put late")
+    with pytest.raises(DataError, match="part-0000001-00000000"):
+        annotate.run(config(world, str(finished)))
+
+
+def test_another_jobs_success_is_no_success(world: Path, finished: Path) -> None:
+    success = json.loads((finished / "_SUCCESS").read_text())
+    (finished / "_SUCCESS").write_text(json.dumps({**success, "job": "f" * 64}))
+    with pytest.raises(DataError, match="_SUCCESS is that of job ffffffff"):
+        annotate.run(config(world, str(finished)))
+
+
 def test_only_a_missing_unit_is_computed_and_its_bytes_are_the_same(world: Path, finished: Path) -> None:
     parts = {path.name: path.read_bytes() for path in (finished / "keypoints").iterdir()}
     (finished / "keypoints" / sorted(parts)[0]).unlink()

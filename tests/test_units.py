@@ -61,6 +61,18 @@ def test_another_intent_is_refused_with_the_difference(place: str) -> None:
     units.refuse_other_intent(job, place, input=INPUT, intent=INTENT)
 
 
+def test_an_output_that_was_deleted_or_begun_again_is_refused_by_who_still_works_for_it(tmp_path: Any) -> None:
+    place = str(tmp_path / "out")
+    job = freeze(place)
+    units.refuse_if_begun_again(place, job)
+    (tmp_path / "out" / "_job.json").unlink()
+    with pytest.raises(DataError, match="has been deleted while"):
+        units.refuse_if_begun_again(place, job)
+    other = freeze(place, intent={**INTENT, "flip": False})
+    with pytest.raises(DataError, match=f"begun again as job {other.digest[:8]}"):
+        units.refuse_if_begun_again(place, job)
+
+
 def test_a_part_commits_its_unit(place: str) -> None:
     job = freeze(place)
     assert units.committed_units(place, "keypoints", job) == set()
