@@ -129,3 +129,18 @@ def num_cpus() -> int:
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
     return cpus if os.environ.get("RAY_ADDRESS") else min(cpus, os.cpu_count() or 1)
+
+
+def native_precision(*, gpu: bool) -> str:
+    """bfloat16 where a node that would do the work computes it natively, else float32; a task there looks."""
+    import ray
+
+    look = ray.remote(num_cpus=0, num_gpus=1 if gpu else 0)(_native_precision)
+    found: str = ray.get(look.remote(gpu))
+    return found
+
+
+def _native_precision(gpu: bool) -> str:
+    from pipeline.model.inference import native_precision
+
+    return native_precision("cuda" if gpu else "cpu")

@@ -45,5 +45,6 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
     (annotate_pool, "num_cpus", lambda: 1),
+    (annotate, "native_precision", lambda *, gpu: "float32"),
     (plan, "num_nodes", lambda: 1),
 ]
