@@ -1,8 +1,9 @@
 """Ends a small annotate run at each of its storage requests, runs it again, and prints what was wrong.
 
     python -m tests.annotate_kills disk FOLDER              each step on a disk, each time in a new output
+    python -m tests.annotate_kills disk-chain FOLDER        in one output, each run at the first step that is new
     python -m tests.annotate_kills bucket FOLDER            each request to the S3 server of AWS_ENDPOINT_URL, likewise
-    python -m tests.annotate_kills chain FOLDER             the same requests in one output, each run ended by the next
+    python -m tests.annotate_kills bucket-chain FOLDER
     python -m tests.annotate_kills random FOLDER --seed 7   storage faults and kills at random, until it is finished
 
 What is run is the job's own code, its units one after the other without Ray. A reader looks after every end.
@@ -44,6 +45,7 @@ from tests.kill_points import (
     client,
     do_nothing,
     end_at,
+    end_at_new,
     fork,
     wait,
     watch_disk,
@@ -141,6 +143,8 @@ def write_world(folder: Path) -> None:
 
 def make_forks_cheap() -> None:
     """What every child would do again, done once: imports, the SDK's descriptions, the network without its weights."""
+    import ray.util.metrics  # noqa: F401
+
     torch.set_num_threads(1)
     with torch.device("meta"):
         network = directory.MSPN(TINY)
@@ -251,6 +255,11 @@ class Disk:
             return frozenset(uri.removeprefix(f"{root}/") for uri in asked if uri.startswith(f"{root}/")), root in asked
 
         return Started(fork(work, errors), what_it_noted, errors)
+
+    def forget_signs_of_life(self, name: str) -> None:
+        """All but the newest: each is read by every driver that begins."""
+        for sign in sorted((self.folder / name / "_drivers").glob("*"), key=lambda path: path.stat().st_mtime)[:-1]:
+            sign.unlink()
 
     def remove(self, name: str) -> None:
         """Delete an output, as its owner may."""
@@ -380,26 +389,47 @@ def kill_each_request(bucket: Bucket, judgement: Judgement, share: slice) -> Non
                 return
 
 
-def kill_in_a_chain(bucket: Bucket, judgement: Judgement, *, reads_too: bool) -> None:
-    """In one output, end each run at its first request at which none was ended before; the next is begun at once."""
-    met: list[tuple[str, str]] = []
+def kill_in_a_chain(place: Disk | Bucket, judgement: Judgement, run_to_the_next: Callable[[], tuple[Run, str]]) -> None:
+    """In one output, end each run where none was ended before; the next is begun at once, until one isn't ended."""
     before: Objects = {}
     for number in range(MOST_ENDS):
-        run = bucket.run("out", lambda process: EndAtNew(process, reads_too, met))  # noqa: B023
-        met = bucket.wire.judged().met
-        after = bucket.objects("out")
-        judgement.look(f"end {number}, at {met[-1]}", before, run, after)
+        run, where = run_to_the_next()
+        after = place.objects("out")
+        judgement.look(f"end {number}, {where}", before, run, after)
         before = after
         if judgement.wrong:
             return
         if run.code != KILLED:
             break
-        bucket.forget_signs_of_life("out")
+        place.forget_signs_of_life("out")
     else:
         judgement.wrong.append("the chain has no end")
     judgement.must_be_finished("at the end", run, after)
-    bucket.let_go_of_late()
-    judgement.must_be_finished("after all that was late", run, bucket.objects("out"))
+
+
+def steps_of_a_chain(disk: Disk) -> Callable[[], tuple[Run, str]]:
+    """Runs that end at the first step on the disk at which none has ended."""
+    met = disk.folder / "met"
+    met.write_text("")
+
+    def run_to_the_next() -> tuple[Run, str]:
+        run = disk.start("out", end_at_new(met)).end()
+        return run, f"before {met.read_text().splitlines()[-1]}"
+
+    return run_to_the_next
+
+
+def requests_of_a_chain(bucket: Bucket, *, reads_too: bool) -> Callable[[], tuple[Run, str]]:
+    """Runs that end at the first request at which none has ended."""
+    met: list[tuple[str, str]] = []
+
+    def run_to_the_next() -> tuple[Run, str]:
+        run = bucket.run("out", lambda process: EndAtNew(process, reads_too, met))
+        met[:] = bucket.wire.judged().met
+        label, when = met[-1]
+        return run, f"{when} {label}"
+
+    return run_to_the_next
 
 
 def disturb_at_random(bucket: Bucket, judgement: Judgement, seed: int) -> None:
@@ -512,21 +542,26 @@ def work(options: argparse.Namespace, folder: Path, worker: int) -> Judgement:
     mine = folder / f"worker-{worker}"
     mine.mkdir()
     share = slice(worker * options.every, None, options.workers * options.every)
-    if options.mode == "disk":
+    if options.mode.startswith("disk"):
         disk = Disk(mine, World(str(folder / options.input), str(folder / "model"), options.bug))
         judgement = unbroken(disk, disk.world, mine)
-        kill_each_step(disk, judgement, share)
+        if options.mode == "disk":
+            kill_each_step(disk, judgement, share)
+        else:
+            kill_in_a_chain(disk, judgement, steps_of_a_chain(disk))
         return judgement
     with open_bucket(mine, folder / options.input, folder / "model", options.bug) as bucket:
         judgement = unbroken(bucket, bucket.world, mine)
         if options.mode == "bucket":
             kill_each_request(bucket, judgement, share)
-        elif options.mode == "chain":
-            kill_in_a_chain(bucket, judgement, reads_too=options.reads_too)
+        elif options.mode == "bucket-chain":
+            kill_in_a_chain(bucket, judgement, requests_of_a_chain(bucket, reads_too=options.reads_too))
         for number in range(options.rounds if options.mode == "random" else 0):
             if not judgement.wrong:
                 disturb_at_random(bucket, judgement, options.seed + worker + options.workers * number)
         bucket.let_go_of_late()
+        if options.mode == "bucket-chain" and bucket.objects("out") != judgement.whole:
+            judgement.wrong.append("what was late has changed the output")
         judgement.must_be_put_once(bucket.wire.log())
         return judgement
 
@@ -566,7 +601,7 @@ def fill_bucket(bucket: Bucket, source: Path) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(prog="tests.annotate_kills", description=__doc__)
-    parser.add_argument("mode", choices=["disk", "bucket", "chain", "random"])
+    parser.add_argument("mode", choices=["disk", "disk-chain", "bucket", "bucket-chain", "random"])
     parser.add_argument("folder", help="for the world and all outputs")
     parser.add_argument("--input", choices=["in", "shards"], default="in")
     parser.add_argument("--bug", choices=list(PLANT), default="")

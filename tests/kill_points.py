@@ -11,7 +11,9 @@ import os
 import random
 import re
 import signal
+import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,47 +109,70 @@ def stop_at(wanted: str, part: str) -> Step:
     return step
 
 
+def end_at_new(met: Path) -> Step:
+    """End this process at its first step at which none was ended before; `met` is a file with those."""
+    known = set(met.read_text().splitlines())
+
+    def step(name: str, path: str) -> None:
+        label = f"{name} {_without_unique_names(path)}"
+        if label not in known:
+            with met.open("a") as file:
+                file.write(f"{label}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return step
+
+
+def _without_unique_names(path: str) -> str:
+    return re.sub("[0-9a-f]{8,}", "unique", path)
+
+
 def watch_disk(step: Step, root: str) -> None:
     """In this process, call `step` before each step that the storage code takes at files below `root`.
 
-    The steps are its functions, what they do to commit a file (with half of it written), and `done` after a put.
+    The steps are its functions, with their paths, and what a put does, with the path that it puts: `half written`,
+    `fsync`, `link`, `fsync folder`, `unlink` and, after it, `done`.
     """
+    putting = threading.local()
+
     def below_root(name: str, path: Any) -> None:
         if os.fspath(path).startswith(root):
             step(name, os.fspath(path))
 
+    def in_a_put(name: str) -> None:
+        if getattr(putting, "uri", None):
+            below_root(name, putting.uri)
+
     for name in SEAM:
-        setattr(storage_disk, name, _watched(getattr(storage_disk, name), name, below_root))
+        setattr(storage_disk, name, _before(getattr(storage_disk, name), partial(below_root, name)))
     put = storage_disk.put_if_absent
 
     def put_and_done(uri: str, data: bytes) -> bool:
-        ours = put(uri, data)
+        putting.uri = uri
+        try:
+            ours = put(uri, data)
+        finally:
+            putting.uri = None
         below_root("done", uri)
         return ours
 
+    def is_folder(descriptor: int) -> bool:
+        return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
     storage_disk.put_if_absent = put_and_done
-    os.unlink = _watched(os.unlink, "unlink", below_root)
-    link, fsync = os.link, os.fsync
-
-    def watched_link(temporary: Any, path: Any) -> None:
-        below_root("link", path)
-        link(temporary, path)
-
-    def watched_fsync(descriptor: int) -> None:
-        below_root("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    os.link, os.fsync = watched_link, watched_fsync  # type: ignore[assignment]
+    os.link = _before(os.link, lambda path: in_a_put("link"))
+    os.unlink = _before(os.unlink, lambda path: in_a_put("unlink"))
+    os.fsync = _before(os.fsync, lambda file: in_a_put("fsync folder" if is_folder(file) else "fsync"))
     opened = Path.open
     Path.open = lambda path, mode="r", *rest, **options: (  # type: ignore[method-assign, assignment]
-        _HalfWriter(opened(path, mode, *rest, **options), partial(below_root, "half written", path)) if mode == "xb"
+        _HalfWriter(opened(path, mode, *rest, **options), partial(in_a_put, "half written")) if mode == "xb"
         else opened(path, mode, *rest, **options))
 
 
-def _watched(function: Callable[..., Any], name: str, step: Callable[[str, Any], None]) -> Callable[..., Any]:
-    def watched(path: Any, *arguments: Any, **options: Any) -> Any:
-        step(name, path)
-        return function(path, *arguments, **options)
+def _before(function: Callable[..., Any], step: Callable[[Any], None]) -> Callable[..., Any]:
+    def watched(what: Any, *arguments: Any, **options: Any) -> Any:
+        step(what)
+        return function(what, *arguments, **options)
 
     return watched
 
@@ -208,7 +233,7 @@ class EndAtNew:
 
     def __call__(self, request: Logged) -> Fault | None:
         """The fault of this request."""
-        label = f"{request.kind} {re.sub('[0-9a-f]{8,}', 'unique', request.path)}"
+        label = f"{request.kind} {_without_unique_names(request.path)}"
         ends = [BEFORE, AFTER, LATE] if request.kind == "PUT" else [BEFORE, AFTER] if (
             request.kind == "DELETE" or self.reads_too) else [BEFORE]
         for when in ends:

@@ -57,7 +57,7 @@ def nothing_is_wrong(harness: Harness, *, points: int) -> bool:
 def both(tmp_path_factory: pytest.TempPathFactory, s3: S3Server) -> Iterator[dict[str, Harness]]:
     """A harness on a disk and one on S3, side by side."""
     folder = tmp_path_factory.mktemp("kills")
-    running = {"disk": begin("disk", folder / "disk", s3, "--every", "2"), "s3": begin("chain", folder / "s3", s3)}
+    running = {"disk": begin("disk-chain", folder / "disk", s3), "s3": begin("bucket-chain", folder / "s3", s3)}
     yield running
     for harness in running.values():
         with contextlib.suppress(ProcessLookupError):
@@ -65,8 +65,8 @@ def both(tmp_path_factory: pytest.TempPathFactory, s3: S3Server) -> Iterator[dic
         harness.process.wait()
 
 
-def test_killed_at_every_other_step_on_a_disk_it_is_finished_by_the_next_run(both: dict[str, Harness]) -> None:
-    assert nothing_is_wrong(both["disk"], points=100)
+def test_killed_at_each_step_on_a_disk_it_is_finished_by_the_runs_that_follow(both: dict[str, Harness]) -> None:
+    assert nothing_is_wrong(both["disk"], points=150)
 
 
 def test_killed_at_each_request_to_s3_it_is_finished_by_the_runs_that_follow(both: dict[str, Harness]) -> None:
@@ -75,10 +75,10 @@ def test_killed_at_each_request_to_s3_it_is_finished_by_the_runs_that_follow(bot
 
 @pytest.mark.slow
 @pytest.mark.parametrize("input_kind", ["in", "shards"])
-@pytest.mark.parametrize(("mode", "points"), [("disk", 200), ("bucket", 200), ("chain", 150)])
-def test_killed_at_each_step_and_request_it_is_finished(
+@pytest.mark.parametrize(("mode", "points"), [("disk", 200), ("bucket", 200), ("bucket-chain", 150)])
+def test_killed_at_each_step_and_request_it_is_finished_by_the_next_run(
         tmp_path: Path, s3: S3Server, mode: str, points: int, input_kind: str) -> None:
-    options = ["--reads-too"] if mode == "chain" else ["--workers", "2"]
+    options = ["--reads-too"] if mode == "bucket-chain" else ["--workers", "2"]
     assert nothing_is_wrong(begin(mode, tmp_path, s3, "--input", input_kind, *options), points=points)
 
 
@@ -92,7 +92,7 @@ def test_with_faults_of_each_kind_and_kills_at_random_it_is_finished(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["disk", "chain"])
+@pytest.mark.parametrize("mode", ["disk-chain", "bucket-chain"])
 @pytest.mark.parametrize("bug", ["overwrites", "seals early", "lists again"])
 def test_the_harness_finds_planted_bugs(tmp_path: Path, s3: S3Server, mode: str, bug: str) -> None:
     assert begin(mode, tmp_path, s3, "--bug", bug).printed()["wrong"]
