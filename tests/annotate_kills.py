@@ -107,14 +107,15 @@ class World:
     input: str
     model: str
     bug: str = ""
-    seed: int = 0
 
-    def begin(self, output: str) -> None:
-        """The job, as its users run it, but for Ray."""
+    def set_up(self) -> None:
+        """In this process, leave Ray out, and plant the bug."""
         for module, name, instead in WITHOUT_RAY:
             setattr(module, name, instead)
-        random.seed(self.seed)
         PLANT[self.bug]()
+
+    def begin(self, output: str) -> None:
+        """The job, as its users run it."""
         annotate.run(AnnotateConfig(
             input=self.input, model=self.model, output=output, boxes="whole-image", tracking=NO_TRACKING,
             pictures_per_unit=PICTURES_PER_UNIT, threads=1, backend="cpu", flip=False))
@@ -246,6 +247,7 @@ class Disk:
         noted.write_text("")
 
         def work() -> None:
+            self.world.set_up()
             note_reads(noted)
             watch_disk(step, self.uri(name))
             (world or self.world).begin(self.uri(name))
@@ -341,6 +343,7 @@ class Bucket:
         def work() -> None:
             os.read(ready, 1)
             os.environ["AWS_ENDPOINT_URL"] = endpoint
+            self.world.set_up()
             (world or self.world).begin(self.uri(name))
 
         def what_it_asked() -> tuple[frozenset[str], bool]:
@@ -581,6 +584,7 @@ def unbroken(place: Place, world: World, folder: Path, name: str = "whole") -> J
     sound = World(world.input, world.model)
 
     def run() -> None:
+        sound.set_up()
         sound.begin(place.uri(name))
         (folder / "inputs.json").write_text(json.dumps(sound.inputs_of_units(place.uri(name))))
 
