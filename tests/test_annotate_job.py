@@ -62,6 +62,7 @@ def metric(name: str, output: str) -> float:
     raise AssertionError(f"Ray gave no {name}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_without_reading_finished_units_again(
         world: Path, tmp_path: Path, s3: S3Server, bucket: str) -> None:
     s3.upload_folder(world / "in", f"{bucket}/in")
