@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs import annotate, annotate_pool, plan, shard, shard_tasks
+from pipeline.model import inference
 from pipeline.unit_annotator import Receipt
 from pipeline.units import FrozenJob
 
@@ -45,6 +46,6 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
     (annotate_pool, "num_cpus", lambda: 1),
-    (annotate, "native_precision", lambda *, gpu: "float32"),
+    (annotate, "native_precision", lambda *, gpu: inference.native_precision("cuda" if gpu else "cpu")),
     (plan, "num_nodes", lambda: 1),
 ]
