@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.annotate_pool import UnitTask, annotate_units, pool_sizes
-from jobs.progress import Progress, refuse_too_many_rejected
+from jobs.progress import Progress, RejectionBudget
 from jobs.record import record_run
 from jobs.start_ray import native_precision, num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
@@ -24,7 +24,7 @@ from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
 from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
 from pipeline.config import AnnotateConfig, locations
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.reuse import earlier_parts, open_earlier
@@ -45,6 +45,7 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
         storage.refuse_overlap(other, config.output)
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
+        trained_by = model.run_id
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
             job = freeze(config, model)
@@ -52,12 +53,22 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
                 _refuse_lost_parts(config.output, job)
                 logger.info("%s is complete; nothing was done", config.output)
                 return _result(config.output, job, counts, committed=0)
-            committed = _annotate_missing_units(config, job)
+            done = _annotate_missing_units(config, job)
     counts = _seal(config, job)
-    result = _result(config.output, job, counts, committed=committed)
-    record_run(config.tracking, "annotate", counts=result["counts"], dataset=(config.output, job.digest),
-               params={"input": config.input, "output": config.output, "model_ref": config.model, **job.intent})
+    result = _result(config.output, job, counts, committed=done.get("committed", 0))
+    _record(config, job, result["counts"], done, trained_by)
     return result
+
+
+def _record(config: AnnotateConfig, job: FrozenJob, counts: dict[str, Any], done: dict[str, Any],
+            trained_by: str | None) -> None:
+    """Tell MLflow: what was read and written by digest, by which model, and what this run did of it in which time."""
+    model = {"model_ref": config.model, "model_name": job.about["model"]["name"],
+             "model_version": job.about["model"]["version"], "model_run_id": trained_by}
+    speed = {name: done[name] for name in ("seconds", "persons_per_s", "pictures_per_s") if name in done}
+    record_run(config.tracking, "annotate", counts=counts | speed, dataset=(config.output, job.digest),
+               read=(config.input, job.plan["digest"]),
+               params={"input": config.input, "output": config.output, **model, **job.intent})
 
 
 # --- freezing -----------------------------------------------------------------------------------------------------
@@ -109,16 +120,26 @@ def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict
         "threads": config.threads or (1 if num_cpus() <= 4 else 4)}
     automatic = [name for name in resolved if getattr(config, name) in (None, "auto")]
     resolved |= {name: frozen[name] for name in automatic if name in frozen}
-    added = {"oks_nms": config.oks_nms} if config.oks_nms is not None else {}
+    _refuse_compiling(config, backend)
+    # what came later is there only where it is asked for, so that older outputs go on
+    added = {name: value for name in ("oks_nms", "compile", "accept_truncated")
+             if (value := getattr(config, name)) is not None and value is not False}
     return {name: getattr(config, name) for name in given} | added | resolved | {
         "boxes": choice.intent(), "model": model_digest(model), "row_version": ROW_VERSION}
+
+
+def _refuse_compiling(config: AnnotateConfig, backend: str) -> None:
+    able = {"cuda"} if config.compile == "reduce-overhead" else {"cpu", "cuda"}
+    if config.compile is not None and backend not in able:
+        raise ConfigError(f"compile={config.compile} is for backend {' or '.join(sorted(able))}, and this run's is "
+                          f"{backend}. Set backend, or leave compile out.")
 
 
 # --- annotating ---------------------------------------------------------------------------------------------------
 
 
-def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> int:
-    """Every unit without a part, through the actor pool; how many were committed by this run.
+def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> dict[str, Any]:
+    """Every unit without a part, through the actor pool; what this run has done (`Progress.so_far`), {} if nothing.
 
     What the service made fail is begun again after a pause; units that ended their process are done with care.
     Refuses (OSError) to go on when units are left after that.
@@ -127,11 +148,12 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> int:
     logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
                 len(missing))
     if not missing:
-        return 0
+        return {}
+    done = sorted(set(range(job.num_units)).difference(missing))
     missing = _in_an_order_of_our_own(config.output, missing)
-    progress = Progress(len(missing), budget=config.max_rejected_share * job.plan["pictures"],
-                        output=config.output)
-    with drivers.Heartbeat(config.output, progress.so_far):
+    progress = Progress(len(missing), budget=_budget(config, job), output=config.output)
+    with (drivers.Heartbeat(config.output, progress.so_far),
+          progress.counting(keypoints.counts_of_parts(config.output, map(job.part_name, done)))):
         for pause_s in (*PAUSES_S, None):
             _pass(config, job, missing, progress)
             passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
@@ -143,7 +165,11 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> int:
             time.sleep(pause_s)
     if missing:
         _refuse_units_left(job, missing, progress)
-    return progress.committed
+    return progress.so_far()
+
+
+def _budget(config: AnnotateConfig, job: FrozenJob) -> RejectionBudget:
+    return RejectionBudget(job.plan["pictures"], config.max_rejected_share, config.max_rejected)
 
 
 def missing_units(output: str, job: FrozenJob) -> list[int]:
@@ -207,7 +233,7 @@ def _refuse_units_left(job: FrozenJob, missing: list[int], progress: Progress) -
 def _seal(config: AnnotateConfig, job: FrozenJob) -> dict[str, Any]:
     """Put `_SUCCESS`, when the parts' own counts say that every planned picture has its row; the counts."""
     counts, parts = count_parts(config.output, job)
-    refuse_too_many_rejected(counts, config.max_rejected_share * job.plan["pictures"])
+    _budget(config, job).check(counts)
     seal(config.output, job, counts, parts)
     return counts
 

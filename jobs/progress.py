@@ -1,35 +1,68 @@
-"""How far a run of `annotate` is: for people, in one line that is renewed on a terminal, or as log lines elsewhere."""
+"""How far a run of `annotate` is: for people, in one line that is renewed on a terminal, or as log lines elsewhere;
+and when too many of its pictures are refused for it to go on."""
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.metrics import RunMetrics
 from pipeline.errors import DataError
+from pipeline.storage import StorageError
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
 from pipeline.units import total_counts
 
 logger = logging.getLogger("jobs.annotate")
+NOT_A_PICTURE = "not_a_picture"
 LOG_EVERY_S = 10.0
 SHOW_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class RejectionBudget:
+    """How many of the planned pictures may be rejected: a share, and a number. What is no picture at all by its bytes
+    (`not_a_picture`) is counted apart, unless nothing else is there."""
+
+    planned: int
+    share: float
+    most: int | None = None
+
+    def check(self, counts: dict[str, Any]) -> None:
+        """End the run (DataError) once more were rejected than that, with the commonest reasons."""
+        reasons = {name: n for name, n in counts.get("reasons", {}).items() if name != NOT_A_PICTURE}
+        rejected = sum(reasons.values())
+        limits = {"max_rejected_share": self.share * self.planned,
+                  "max_rejected": self.planned if self.most is None else self.most}
+        name, limit = min(limits.items(), key=lambda item: item[1])
+        if rejected > limit:
+            common = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:3])
+            raise DataError(f"{rejected} pictures were rejected, more than the {limit:g} of {self.planned} that {name} "
+                            f"allows; commonest: {common}. What is committed stays; mend the input, or allow more by "
+                            f"--set {name}={1 if name == 'max_rejected_share' else rejected}.")
+        if self.share < 1 and counts.get("reasons", {}).get(NOT_A_PICTURE, 0) == self.planned:
+            raise DataError(f"none of the {self.planned} objects is a picture. Check --input; what is committed stays.")
 
 
 class Progress:
     """Adds up receipts, tells people, and stops the run (DataError) when too many pictures are refused.
 
     units   to be done by this run
-    budget  pictures that may be rejected
+    budget  of rejected pictures; those of parts that stood before count too (`counting`)
     output  the run's, by which Ray's metrics name it
     """
 
-    def __init__(self, units: int, *, budget: float, output: str) -> None:
+    def __init__(self, units: int, *, budget: RejectionBudget, output: str) -> None:
         self._metrics = RunMetrics(output)
         self.units, self.budget = units, budget
         self.answered: set[int] = set()  # units with a receipt that says more than that they failed
         self.failed: dict[int, Receipt] = {}
         self.failures_in_a_row = 0
         self.counts: dict[str, Any] = {}
+        self._earlier: dict[str, Any] = {}  # of parts that this run didn't make
         self.committed = 0
         self._terminal = sys.stderr.isatty()
         self._told = time.monotonic()
@@ -50,16 +83,40 @@ class Progress:
             self.committed += 1
             self.counts = total_counts([self.counts, receipt.counts])
         self._metrics.tell(self.so_far())
-        refuse_too_many_rejected(self.counts, self.budget)
+        self.budget.check(total_counts([self._earlier, self.counts]))
         self._tell()
+
+    @contextmanager
+    def counting(self, earlier: Iterable[dict[str, Any]]) -> Iterator[None]:
+        """While the block runs, count the parts that stood before; a thread reads them, and nobody waits for it."""
+        ended = threading.Event()
+
+        def count() -> None:
+            try:
+                for counts in earlier:
+                    if ended.is_set():
+                        return
+                    self._earlier = total_counts([self._earlier, counts])
+            except (StorageError, OSError, DataError) as error:
+                logger.warning("what earlier runs rejected counts only at the end: %s", error)
+
+        thread = threading.Thread(target=count, daemon=True, name="counting parts")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def so_far(self) -> dict[str, Any]:
         """What this run has done: units of units, pictures, persons, rejected, persons/s, seconds left."""
         seconds = max(time.time() - self._began_units, 1e-3)
         done = len(self.answered)
-        return {"units_done": done, "units": self.units, "seconds": round(time.time() - self._began, 1),
+        return {"units_done": done, "units": self.units, "committed": self.committed,
+                "seconds": round(time.time() - self._began, 1),
                 **{name: self.counts.get(name, 0) for name in ("pictures", "persons", "rejected", "reused")},
                 "persons_per_s": round(self.counts.get("computed", 0) / seconds, 2),
+                "pictures_per_s": round(self.counts.get("pictures", 0) / seconds, 2),
                 "seconds_left": round(seconds / done * (self.units - done)) if done else None}
 
     def _tell(self) -> None:
@@ -77,12 +134,3 @@ class Progress:
             print(f"\r{line}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
             logger.info("%s", line)
-
-
-def refuse_too_many_rejected(counts: dict[str, Any], budget: float) -> None:
-    """End the run (DataError) once more pictures were rejected than the budget allows, with the commonest reasons."""
-    if counts.get("rejected", 0) > budget:
-        reasons = sorted(counts["reasons"].items(), key=lambda item: -item[1])[:3]
-        raise DataError(f"{counts['rejected']} pictures were rejected, more than the {budget:g} that "
-                        f"max_rejected_share allows; commonest: {', '.join(f'{name} {n}' for name, n in reasons)}. "
-                        "What is committed stays; mend the input, or allow more by --set max_rejected_share=1.")

@@ -11,12 +11,15 @@ logger = logging.getLogger("jobs.record")
 
 
 def record_run(settings: TrackingConfig, name: str, *, params: Mapping[str, Any], counts: Mapping[str, Any],
-               dataset: tuple[str, str] | None = None) -> None:
-    """One MLflow run with a job's settings, its counts (nested ones as `a.b`), and (uri, digest) of what it wrote."""
+               dataset: tuple[str, str] | None = None, read: tuple[str, str] | None = None) -> None:
+    """One MLflow run with a job's settings, its counts (nested ones as `a.b`), and (uri, digest) of what it wrote
+    (`dataset`) and of what it read."""
     try:
         with tracking.open_run(settings, name=name) as run:
             run.log_params(params)
             run.log_metrics(dict(_numbers(counts)))
+            if read is not None:
+                run.log_dataset("input", read[0], digest=read[1], context="input")
             if dataset is not None:
                 run.log_dataset(name, dataset[0], digest=dataset[1], context=name)
     except (tracking.TrackingError, ValueError) as error:

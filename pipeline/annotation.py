@@ -85,8 +85,8 @@ def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predicto
             persons = opened[-1][1]
             if persons is not None:
                 yield from persons.crops
-                # the crops went into a batch; the regions are all that is needed later
-                opened[-1] = (opened[-1][0], replace(persons, crops=persons.crops[:0]))
+                # the crops went into a batch; the regions are all that is needed later (a slice would hold them all)
+                opened[-1] = (opened[-1][0], replace(persons, crops=persons.crops[:0].copy()))
 
     joints, scores = predictor.predict_crops(crops())
     annotated = _with_joints(opened, joints, scores, predictor)

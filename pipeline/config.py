@@ -156,7 +156,10 @@ class AnnotationConfig(Settings):
     threads: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1)
     deterministic: bool = False
+    compile: Literal["default", "reduce-overhead"] | None = Field(
+        None, description="torch.compile's mode, for backends cpu and cuda; reduce-overhead: CUDA graphs")
     max_pixels: int = Field(128_000_000, ge=1)
+    accept_truncated: bool = Field(False, description="take a picture whose end is missing, as far as it goes")
     actors: int | None = Field(None, ge=1)
     detectors: int | None = Field(None, ge=1, description="actors that detect; default: what cores there are for it")
     tracking: TrackingConfig = TrackingConfig()
@@ -168,7 +171,8 @@ class AnnotateConfig(AnnotationConfig):
     output: str
     reuse: str | None = None
     exclude: str | None = None
-    max_rejected_share: float = Field(0.05, ge=0, le=1)
+    max_rejected_share: float = Field(0.05, ge=0, le=1, description="of pictures; what is no picture counts apart")
+    max_rejected: int | None = Field(None, ge=0, description="pictures, whatever their share")
 
 
 class PlanConfig(AnnotationConfig):

@@ -17,7 +17,7 @@ from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import DataError
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_table
-from pipeline.units import open_job, total_counts
+from pipeline.units import open_job, part_footers, total_counts
 
 FOLDER = "keypoints"
 BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
@@ -101,6 +101,11 @@ def read_parts(parts: KeypointParts, names: Iterable[str], columns: Sequence[str
     found = map_ahead(lambda name: (name, *_stored_part(parts.uri, name, columns)), names, threads=threads)
     for name, pose, table in found:
         yield name, pose["counts"], table
+
+
+def counts_of_parts(uri: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The counts of the named parts, in their order, by their own metadata; several are read ahead."""
+    return (pose_metadata(footer)["counts"] for footer in part_footers(uri, FOLDER, names))
 
 
 def _stored_part(uri: str, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Any], pa.Table]:

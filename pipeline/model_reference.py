@@ -1,6 +1,7 @@
 """A model REF -> a local model directory, and the name and version by which people know it."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,12 @@ class FoundModel:
     directory: Path
     name: str
     version: str | None
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run that trained it, as the model itself says; None where it doesn't."""
+        run_id: str | None = json.loads((self.directory / FILES[-1]).read_text()).get("source", {}).get("run_id")
+        return run_id
 
 
 def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> FoundModel:

@@ -9,7 +9,7 @@ from pipeline.annotation_seal import sealed_counts
 from pipeline.drivers import Sign, signs_of_life
 from pipeline.errors import DataError
 from pipeline.shard_versions import job_name, open_version_job
-from pipeline.units import FrozenJob, committed_units, open_job, part_footers, total_counts
+from pipeline.units import FrozenJob, committed_units, open_job, total_counts
 
 COUNTED_PARTS = 2000  # of more parts than this, so many are counted, and the rest is estimated
 COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
@@ -71,8 +71,7 @@ def _annotate_status(output: str, job: FrozenJob) -> RunStatus:
 
 def _count(output: str, job: FrozenJob, done: list[int]) -> tuple[dict[str, Any], bool]:
     some = sorted(random.Random(0).sample(done, COUNTED_PARTS)) if len(done) > COUNTED_PARTS else done
-    counts = total_counts(keypoints.pose_metadata(footer)["counts"] for footer in
-                          part_footers(output, keypoints.FOLDER, map(job.part_name, some)))
+    counts = total_counts(keypoints.counts_of_parts(output, map(job.part_name, some)))
     if len(some) == len(done):
         return counts, False
     return _scaled(counts, len(done) / len(some)), True

@@ -56,6 +56,11 @@ class Receipt:
     ended: float = 0.0
 
 
+def limits_of(intent: Mapping[str, Any]) -> PictureLimits:
+    """Which pictures a run takes; runs of older programs took no truncated ones."""
+    return PictureLimits(max_pixels=intent["max_pixels"], accept_truncated=intent.get("accept_truncated", False))
+
+
 def failure_receipt(unit: int, error: BaseException) -> Receipt:
     """The receipt of a unit that one of FAILURES kept from being done."""
     return Receipt(unit, FAILED, failure=f"unit {unit}: {error or type(error).__name__}",
@@ -105,7 +110,7 @@ class UnitAnnotator:
         earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
         planned = read_unit(self.output, self.job, unit)
         boxes = unit_box_source(self.output, self.job, unit, detected=detected, earlier=earlier)
-        limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
+        limits = limits_of(self.job.intent)
         with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
             tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
             pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode, decoders=self._decoders(),
@@ -137,4 +142,5 @@ def _open_predictor(output: str, job: FrozenJob) -> Predictor:
             raise DataError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
                             "Restore it, or choose a new --output.")
         return Predictor(model, backend=intent["backend"], precision=intent["precision"], flip=intent["flip"],
-                         batch_size=intent["batch_size"], threads=intent["threads"])
+                         batch_size=intent["batch_size"], threads=intent["threads"],
+                         compile_mode=intent.get("compile"))

@@ -17,11 +17,11 @@ from pipeline.annotation import DecodedPicture, PictureToAnnotate, decode_unless
 from pipeline.boxes import BoxChoice, detector_uri, earlier_box_source
 from pipeline.detection import Detector
 from pipeline.errors import DataError
-from pipeline.images import PictureLimits, Pixels
+from pipeline.images import Pixels
 from pipeline.isolation import open_decoder
 from pipeline.reuse import EarlierPictures
 from pipeline.rows import Boxes
-from pipeline.unit_annotator import FAILURES, Receipt, failure_receipt
+from pipeline.unit_annotator import FAILURES, Receipt, failure_receipt, limits_of
 from pipeline.units import FrozenJob, read_unit
 
 
@@ -64,8 +64,7 @@ class UnitDetector:
                 return DetectedUnit()
             earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
             planned = read_unit(self.output, self.job, unit)
-            limits = PictureLimits(max_pixels=self.job.intent["max_pixels"])
-            with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
+            with open_decoder(limits_of(self.job.intent), isolated=self.careful, decoder=self.decoder) as decoder:
                 tasks = inputs.pictures_of_unit(self.job.input, planned, earlier_box_source(earlier), earlier)
                 return DetectedUnit(detect_pictures(tasks, self.detector, decode=decoder.decode))
         except FAILURES as error:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from jobs import annotate, shard
 from pipeline.config import AnnotateConfig, ShardConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.keypoints import read_keypoints
+from pipeline.unit_annotator import Receipt
 from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, annotated_persons, rows, write_pictures, write_tiny_model
 
@@ -163,13 +166,59 @@ def test_a_refusal_of_the_shard_dataset_is_carried_on(world: Path, tmp_path: Pat
     assert "notes.txt" in rows(str(tmp_path / "out"))["key"].to_pylist()
 
 
-def test_too_many_rejected_pictures_stop_the_run_before_success(world: Path, tmp_path: Path) -> None:
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:400])
+
+
+@pytest.mark.parametrize("limit", [{"max_rejected_share": 0.2}, {"max_rejected_share": 1, "max_rejected": 2}])
+def test_too_many_rejected_pictures_stop_the_run_before_success(
+        world: Path, tmp_path: Path, limit: dict[str, float]) -> None:
     images = write_pictures(tmp_path / "in") / "images"
-    for path in sorted(images.iterdir())[:6]:
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="not_a_picture"):
-        annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image"))
+    for path in sorted(images.iterdir())[:3]:
+        cut_short(path)
+    told = rf"3 pictures were rejected, more than the 2\.?4? of 12 that {list(limit)[-1]} .*truncated 3"
+    with pytest.raises(DataError, match=told):
+        annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image", **limit))
     assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_what_runs_before_have_rejected_stops_the_run_that_goes_on(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = sorted((write_pictures(tmp_path / "in") / "images").iterdir())
+    asked = config(world, str(tmp_path / "out"), input=str(tmp_path / "in" / "images"), boxes="whole-image",
+                   pictures_per_unit=1)
+    for path in images[:3]:
+        cut_short(path)
+    annotate.run(asked.model_copy(update={"max_rejected_share": 0.25}))
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    for part in sorted((tmp_path / "out" / "keypoints").iterdir())[3:]:
+        part.unlink()
+    monkeypatch.setattr(annotate, "annotate_units", after_counting(annotate.annotate_units))
+    with pytest.raises(DataError, match="3 pictures were rejected"):  # each of them by the run before
+        annotate.run(asked)
+    assert len(list((tmp_path / "out" / "keypoints").iterdir())) == 4
+
+
+def after_counting(annotate_units: Callable[..., Iterator[Receipt]]) -> Callable[..., Iterator[Receipt]]:
+    """The same, begun once the parts that stood before are counted."""
+    def annotate(*arguments: Any, **options: Any) -> Iterator[Receipt]:
+        for thread in threading.enumerate():
+            if thread.name == "counting parts":
+                thread.join()
+        yield from annotate_units(*arguments, **options)
+
+    return annotate
+
+
+def test_what_is_no_picture_at_all_is_counted_apart_unless_nothing_else_is_there(world: Path, tmp_path: Path) -> None:
+    images = sorted((write_pictures(tmp_path / "in") / "images").iterdir())
+    asked = config(world, str(tmp_path / "out"), input=str(tmp_path / "in" / "images"), boxes="whole-image")
+    for path in images[1:]:
+        path.write_bytes(b"no picture")
+    assert annotate.run(asked)["counts"]["reasons"] == {"not_a_picture": 11}
+    images[0].write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the 12 objects is a picture"):
+        annotate.run(asked.model_copy(update={"output": str(tmp_path / "nothing")}))
 
 
 def test_a_list_of_uris_is_annotated_under_whole_uris_as_keys(world: Path, tmp_path: Path) -> None:
@@ -211,3 +260,24 @@ def rows_of_shards(world: Path) -> list[dict[str, object]]:
 
     dataset = open_shards(str(world / "shards"))
     return read_part(dataset, dataset.parts[0]).to_pylist()
+
+
+def test_a_cut_picture_is_rejected_or_taken_as_far_as_it_goes_as_the_run_says(world: Path, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "in", count=3) / "images"
+    cut = sorted(pictures.iterdir())[1]
+    cut.write_bytes(cut.read_bytes()[:-200])
+    settings: dict[str, Any] = {"input": str(pictures), "boxes": "whole-image", "max_rejected_share": 1}
+    refusing = annotate.run(config(world, str(tmp_path / "refusing"), **settings))
+    taking = annotate.run(config(world, str(tmp_path / "taking"), accept_truncated=True, **settings))
+    assert refusing["counts"]["reasons"] == {"truncated": 1}
+    assert (taking["counts"]["ok"], taking["counts"]["rejected"]) == (3, 0)
+    with pytest.raises(ConfigError, match="accept_truncated: begun with null, now true"):
+        annotate.run(config(world, str(tmp_path / "refusing"), accept_truncated=True, **settings))
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("openvino", "default"), ("cpu", "reduce-overhead")])
+def test_what_a_backend_cannot_compile_is_refused_before_anything_is_written(
+        world: Path, tmp_path: Path, backend: str, mode: str) -> None:
+    with pytest.raises(ConfigError, match=f"compile={mode} is for backend .*, and this run's is {backend}"):
+        annotate.run(config(world, str(tmp_path / "out"), backend=backend, compile=mode))
+    assert not (tmp_path / "out" / "_job.json").exists()

@@ -75,11 +75,26 @@ def test_openvino_tells_nobody_that_it_is_used(network: MSPN) -> None:
     assert telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.03)])
-def test_a_gpu_gives_the_same_heatmaps(network: MSPN, precision: str, tolerance: float) -> None:
+@pytest.mark.slow
+def test_a_compiled_network_gives_the_same_heatmaps_twice_also_of_a_batch_that_is_not_full(network: MSPN) -> None:
     with torch.inference_mode():
-        found = inference.fast_heatmaps(network, "cuda", precision, batch_size=4, threads=None)(IMAGES.cuda())
+        heatmaps = inference.fast_heatmaps(network, "cpu", "float32", batch_size=4, threads=1, compile_mode="default")
+        found, flipped = heatmaps(IMAGES), heatmaps(IMAGES.flip(-1))
+    expected = plain(network)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not torch.equal(found, flipped)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_mode", [None, "default", "reduce-overhead"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.03)])
+def test_a_gpu_gives_the_same_heatmaps(
+        network: MSPN, precision: str, tolerance: float, compile_mode: str | None) -> None:
+    with torch.inference_mode():
+        heatmaps = inference.fast_heatmaps(network, "cuda", precision, batch_size=4, threads=None,
+                                           compile_mode=compile_mode)
+        found = heatmaps(IMAGES.cuda())
+        heatmaps(IMAGES.cuda().flip(-1))  # must not write over the first answer
     expected = plain(network)
     assert (found.cpu() - expected).abs().max() < tolerance * expected.abs().max()
 

@@ -13,12 +13,12 @@ def test_a_runs_counts_are_kept_nested_ones_by_their_whole_names(tmp_path: Path)
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     record_run(TrackingConfig(uri=uri), "shard", params={"seed": 3}, counts={"rows": 2, "reasons": {"empty": 1}},
-               dataset=("/data", "d1"))
+               dataset=("/data", "d1"), read=("s3://raw", "d0"))
     client = MlflowClient(uri)
     run = client.search_runs([client.get_experiment_by_name("pose").experiment_id])[0]
     assert run.data.metrics == {"rows": 2.0, "reasons.empty": 1.0}
     assert run.data.params == {"seed": "3"}
-    assert run.inputs.dataset_inputs[0].dataset.digest == "d1"
+    assert {one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs} == {"input": "d0", "shard": "d1"}
 
 
 def test_an_mlflow_that_is_not_there_is_only_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.model.mspn import MSPN, ConvBNReLU
@@ -53,22 +54,43 @@ def native_precision(backend: str) -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: int, threads: int | None) -> Heatmaps:
+def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: int, threads: int | None,
+                  compile_mode: str | None = None) -> Heatmaps:
     """The network's finest heatmaps by this backend. The network itself stays as it is.
 
-    backend     cpu or cuda: PyTorch, batch norms folded into convolutions, channels last · openvino
-    batch_size  OpenVINO compiles for it, and fills up a smaller batch
-    threads     OpenVINO's; PyTorch's are the process's own
+    backend       cpu or cuda: PyTorch, batch norms folded into convolutions, channels last · openvino
+    batch_size    what is compiled is compiled for it, and a smaller batch is filled up
+    threads       OpenVINO's; PyTorch's are the process's own
+    compile_mode  of torch.compile, for cpu and cuda: "default", or "reduce-overhead", which replays CUDA graphs;
+                  None: PyTorch as it is
     """
     if backend == OPENVINO:
+        assert compile_mode is None
         return _openvino(network, precision, batch_size, threads)
     device, dtype = torch.device(backend), DTYPES[precision]
     fast = fold_batch_norms(network).to(device)
     fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     _lower_precision(fast, dtype)
+    predict = fast.predict if compile_mode is None else _compiled(fast, compile_mode, batch_size)
 
     def heatmaps(images: Tensor) -> Tensor:
-        return fast.predict(images.to(dtype, memory_format=torch.channels_last)).float()
+        return predict(images.to(dtype, memory_format=torch.channels_last)).float()
+
+    return heatmaps
+
+
+def _compiled(network: MSPN, mode: str, batch_size: int) -> Heatmaps:
+    """The network's `predict` by torch.compile, for batches of one size: another size would be compiled anew."""
+    predict = torch.compile(network.predict, mode=mode, dynamic=False)
+
+    def heatmaps(images: Tensor) -> Tensor:
+        filled = images
+        if len(images) < batch_size:
+            filled = functional.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
+        # a replayed graph writes where it wrote before, and the flip test needs two answers at once
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        found: Tensor = predict(filled.contiguous(memory_format=torch.channels_last))
+        return found[:len(images)].clone()
 
     return heatmaps
 

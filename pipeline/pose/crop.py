@@ -64,9 +64,13 @@ def crop_matrix(region: Region, input_size_wh: tuple[int, int], *, rotation_deg:
     return np.concatenate([turn, shift[:, None]], axis=1)
 
 
-def crop_person(image_bgr: Pixels, matrix: Floats, input_size_wh: tuple[int, int]) -> Pixels:
-    """The crop uint8 [H, W, 3] that the matrix [2, 3] cuts from a picture: bilinear, black outside of it."""
-    crop = cv2.warpAffine(image_bgr, matrix, input_size_wh, flags=cv2.INTER_LINEAR)
+def crop_person(image_bgr: Pixels, matrix: Floats, input_size_wh: tuple[int, int], *,
+                into: Pixels | None = None) -> Pixels:
+    """The crop uint8 [H, W, 3] that the matrix [2, 3] cuts from a picture: bilinear, black outside of it.
+
+    into  where to put it, contiguous uint8 [H, W, 3]
+    """
+    crop = cv2.warpAffine(image_bgr, matrix, input_size_wh, dst=into, flags=cv2.INTER_LINEAR)
     return np.asarray(crop, dtype=np.uint8)
 
 
