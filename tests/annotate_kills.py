@@ -20,6 +20,7 @@ import re
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,8 +196,8 @@ class Judgement:
 
     def must_be_put_once(self, log: list[Logged]) -> None:
         """The store took each object once."""
-        put = [one.path for one in log if (one.kind, one.applied) == ("PUT", 200)]
-        twice = sorted({path for path in put if put.count(path) > 1})
+        put = Counter(one.path for one in log if (one.kind, one.applied) == ("PUT", 200))
+        twice = sorted(path for path, times in put.items() if times > 1)
         self.wrong += [f"{path}: put more than once" for path in twice]
 
 
@@ -336,7 +337,7 @@ class Bucket:
 
     def start(self, name: str, judge_of: Callable[[int], Judge] | None = None, world: World | None = None) -> Started:
         """Begin the job; a judge holds for all that are at work, until the next one is begun."""
-        begun, endpoint = len(self.wire.log()), self.wire.endpoint()
+        begun, endpoint = self.wire.num_logged(), self.wire.endpoint()
         errors = self.folder / f"{name}-{uuid.uuid4().hex}.errors"
         ready, go = os.pipe()
 
@@ -347,7 +348,7 @@ class Bucket:
             (world or self.world).begin(self.uri(name))
 
         def what_it_asked() -> tuple[frozenset[str], bool]:
-            asked, root = self.wire.log()[begun:], self.world.input[4:]
+            asked, root = self.wire.log(begun), self.world.input[4:]
             read = frozenset(one.path.removeprefix(f"{root}/").partition("?")[0] for one in asked
                              if one.kind == "GET" and one.path.startswith(f"{root}/"))
             prefix = f"prefix={root.rpartition('/')[2]}%2F"

@@ -313,9 +313,13 @@ class Wire:
         """The judge, as it is now."""
         return self._proxy.judge
 
-    def log(self) -> list[Logged]:
-        """All requests so far."""
-        return list(self._proxy.log)
+    def log(self, begin: int = 0) -> list[Logged]:
+        """The requests so far, but for the first ones: they come through a pipe, and there are soon many."""
+        return self._proxy.log[begin:]
+
+    def num_logged(self) -> int:
+        """How many requests there were."""
+        return len(self._proxy.log)
 
     def let_go(self) -> None:
         """Let the late requests reach the server, until they are held again."""
