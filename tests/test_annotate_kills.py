@@ -73,13 +73,15 @@ def test_killed_at_each_request_to_s3_it_is_finished_by_the_runs_that_follow(bot
     assert nothing_is_wrong(both["s3"], points=100)
 
 
+# requests to moto take their time: some of the points have to do here, and the harness itself does all of them
 @pytest.mark.slow
-@pytest.mark.parametrize("input_kind", ["in", "shards"])
-@pytest.mark.parametrize(("mode", "points"), [("disk", 200), ("bucket", 200), ("bucket-chain", 150)])
+@pytest.mark.parametrize(("mode", "input_kind", "options", "points"), [
+    ("disk", "in", "--workers 2", 200), ("disk", "shards", "--workers 2 --every 3", 60),
+    ("bucket", "in", "--workers 2 --every 2", 150), ("bucket", "shards", "--workers 2 --every 4", 60),
+    ("bucket-chain", "in", "--reads-too", 150), ("bucket-chain", "shards", "--reads-too", 150)])
 def test_killed_at_each_step_and_request_it_is_finished_by_the_next_run(
-        tmp_path: Path, s3: S3Server, mode: str, points: int, input_kind: str) -> None:
-    options = ["--reads-too"] if mode == "bucket-chain" else ["--workers", "2"]
-    assert nothing_is_wrong(begin(mode, tmp_path, s3, "--input", input_kind, *options), points=points)
+        tmp_path: Path, s3: S3Server, mode: str, input_kind: str, options: str, points: int) -> None:
+    assert nothing_is_wrong(begin(mode, tmp_path, s3, "--input", input_kind, *options.split()), points=points)
 
 
 @pytest.mark.slow
