@@ -1,9 +1,11 @@
 """What a person detector finds of annotated persons, at what speed, and what that does to AP.
 
-    python -m benchmarks.detector --data ../shared/data/coco17_mini --detector yolox_nano_416.onnx [--model DIR]
+    python -m benchmarks.detector --data ../shared/data/coco17_mini --detector yolox_nano_416.onnx
+        [--model DIR [--known SHARDS]]
 
 FOLDER is like COCO's: `images/`, `annotations/person_keypoints_val.json`. Recall is the share of annotated persons who
-aren't crowds with a detection of IoU 0.5 and more; "with keypoints" are those that AP counts.
+aren't crowds with a detection of IoU 0.5 and more; "with keypoints" are those that AP counts. A model that was trained
+on some of these pictures (benchmarks/detector.yaml) knows those of a shard dataset: AP is told of them alone then.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pipeline.detection import ONNXRUNTIME, OPENCV, Detector, box_ious, suppress
 from pipeline.evaluation import evaluate_keypoints
 from pipeline.images import decode_picture
 from pipeline.rows import Boxes, keypoint_table
+from pipeline.shards import open_shards, read_columns
 
 SCORES, NMS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5), (0.45, 0.65)
 IOU = 0.5
@@ -34,6 +37,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--detector", required=True, type=Path)
     parser.add_argument("--model", type=Path, help="a model directory: AP with detected beside annotated boxes")
+    parser.add_argument("--known", help="a shard dataset: AP of its pictures alone")
     parser.add_argument("--no-speed", action="store_true")
     options = parser.parse_args()
     truth = json.loads((options.data / "annotations" / "person_keypoints_val.json").read_text())
@@ -45,7 +49,8 @@ def main() -> int:
     found = dict(zip(pictures, detector.detect(images), strict=True))
     report_recall(truth, found)
     if options.model:
-        report_ap(options.model, truth, pictures, found)
+        some = pictures if options.known is None else {image: pictures[image] for image in known(options.known)}
+        report_ap(options.model, truth, some, found)
     return 0
 
 
@@ -117,10 +122,18 @@ def recall(persons: list[dict[str, Any]], found: Mapping[int, Boxes]) -> float:
 # --- AP -----------------------------------------------------------------------------------------------------------
 
 
+def known(shards: str) -> list[int]:
+    """The image ids of a shard dataset."""
+    dataset = open_shards(shards)
+    return [image for _, table in read_columns(dataset, ["key", "image_id"]) for image in table["image_id"].to_pylist()]
+
+
 def report_ap(model: Path, truth: dict[str, Any], pictures: Mapping[int, bytes], found: Mapping[int, Boxes]) -> None:
-    """AP and AR with annotated boxes, and with the detector's."""
+    """AP and AR of these pictures with annotated boxes, and with the detector's."""
     from pipeline.prediction import Predictor
 
+    truth = {**truth, "images": [one for one in truth["images"] if one["id"] in pictures],
+             "annotations": [one for one in truth["annotations"] if one["image_id"] in pictures]}
     predictor = Predictor(model)
     print(f"{'boxes':>28} {'persons':>8} {'AP':>6} {'AP50':>6} {'AR':>6}")
     choices: dict[str, tuple[Callable[[int], Boxes], float | None]] = {
