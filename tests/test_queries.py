@@ -4,14 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas
+import polars
 import pytest
 
 from pipeline.keypoints import part_bytes
 from pipeline.pose.skeleton import COCO17
 from pipeline.rows import AnnotatedPicture, Boxes
-
-pytestmark = pytest.mark.slow
 
 README = Path(__file__).parents[1] / "README.md"
 WRIST = COCO17.joints.index("left_wrist")
@@ -57,7 +58,6 @@ def readme_queries() -> list[str]:
 @pytest.fixture(scope="module")
 def answers(output: Path) -> list[list[tuple[Any, ...]]]:
     """What DuckDB answers to each of README's queries."""
-    duckdb = pytest.importorskip("duckdb", reason="needs duckdb")
     return [duckdb.sql(query.replace("OUTPUT/", f"{output}/")).fetchall() for query in readme_queries()]
 
 
@@ -80,7 +80,6 @@ def test_readme_has_these_three_queries():
 
 
 def test_duckdb_opens_the_glob(output):
-    duckdb = pytest.importorskip("duckdb", reason="needs duckdb")
 
     rows = duckdb.sql(f"SELECT * FROM '{output}/keypoints/*.parquet' ORDER BY key, person_index")
 
@@ -92,7 +91,6 @@ def test_duckdb_opens_the_glob(output):
 
 
 def test_polars_opens_the_glob(output):
-    polars = pytest.importorskip("polars", reason="needs polars")
 
     rows = polars.scan_parquet(f"{output}/keypoints/*.parquet").sort("key", "person_index").collect()
 
@@ -103,7 +101,6 @@ def test_polars_opens_the_glob(output):
 
 
 def test_pandas_opens_the_folder(output):
-    pandas = pytest.importorskip("pandas", reason="needs pandas")
 
     rows = pandas.read_parquet(output / "keypoints").sort_values(["key", "person_index"])
 
