@@ -5,12 +5,12 @@
 FOLDER is like COCO's: `images/` and `annotations/person_keypoints_val.json`. Side by side in one run, all on all cores:
 
     network  the job with a 1-stage ResNet-50 MSPN at 256x192 (random weights, unless --model), flip test, annotated
-             boxes, against (a) the plain loop: decode, crop, eager float32 and flip for each picture's persons, the
-             authors' decoding in NumPy, person by person; (b) as many processes as the job has actors, with the same
-             backend, on resident crops
+             boxes, in float32 and, where the processor has it, in bfloat16, against (a) the plain loop: decode, crop,
+             eager float32 and flip for each picture's persons, the authors' decoding in NumPy, person by person;
+             (b) as many processes as the job has actors, with the same backend and precision, on resident crops
     null     the job without a network on the same pictures many times, against (c) as many plain processes that decode
              and crop them
-    persons  the job with 1 to 30 boxes in each picture
+    persons  the job with 1 to 30 boxes in each picture, in units of as many persons
     memory   the resident memory of the job's processes over 20,000 pictures without a network
 
 The job's time is told twice: whole, and without the start of its pool (up to the first unit's begin).
@@ -36,6 +36,8 @@ from typing import Any
 import cv2
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from jobs import annotate, shard
@@ -44,7 +46,7 @@ from jobs.start_ray import start_ray
 from pipeline.annotation import annotated_boxes
 from pipeline.config import AnnotateConfig, ShardConfig, TrackingConfig
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops, save_model
-from pipeline.model.inference import cpu_backend
+from pipeline.model.inference import DTYPES, cpu_backend, native_precision
 from pipeline.model.mspn import MSPN, MSPNConfig
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
@@ -56,10 +58,11 @@ REPETITIONS = 3
 PLAIN_PERSONS = 48  # of the plain loop, which takes a quarter of a second for each
 BARE_SECONDS = 20.0
 CROPS_RESIDENT = 64
-NULL_PICTURES = 6000
+NETWORK_PICTURES, NETWORK_PICTURES_PER_SHARD = 310, 16  # many units for each actor, as a job of millions has
+NULL_PICTURES = 12_000
 MEMORY_PICTURES = 20_000
 PERSONS = (1, 3, 10, 30)
-PERSONS_EACH = 240  # in all, for each number of persons a picture
+PERSONS_EACH, PERSONS_PER_UNIT = 960, 120  # for each number of persons a picture
 PARTS = ("network", "null", "persons", "memory")
 
 
@@ -121,17 +124,21 @@ def read_pictures(data: Path, output: Path) -> tuple[list[bytes], Boxes]:
 
 def measure_network(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
     """Persons/s of the job, the plain loop and the bare forward, medians; one after the other, several times."""
-    actors = os.cpu_count() or 1
-    found: dict[str, list[float]] = {"plain": [], "bare": [], "job": [], "job, pool start not counted": []}
+    actors, source = os.cpu_count() or 1, repeated_pictures(output, NETWORK_PICTURES, NETWORK_PICTURES_PER_SHARD)
+    found: dict[str, list[float]] = {}
     for number in range(REPETITIONS):
-        found["plain"].append(plain_loop(model, pictures, boxes))
-        found["bare"].append(in_processes(actors, bare_forward, model, pictures[:12], boxes[:12]))
-        run = run_job(output / f"network-{number}", model, str(output / "val-shards"), boxes=None)
-        found["job"].append(run.persons / run.seconds)
-        found["job, pool start not counted"].append(run.persons / run.working_s)
+        found.setdefault("plain", []).append(plain_loop(model, pictures, boxes))
+        for precision in dict.fromkeys(("float32", native_precision(cpu_backend()))):
+            bare = in_processes(actors, bare_forward, model, precision, pictures[:12], boxes[:12])
+            run = run_job(output / f"{precision}-{number}", model, source, boxes=None, precision=precision)
+            for name, speed in (("bare", bare), ("job", run.persons / run.seconds),
+                                ("job, pool start not counted", run.persons / run.working_s)):
+                found.setdefault(f"{name}, {precision}", []).append(speed)
         print({name: round(values[-1], 2) for name, values in found.items()}, file=sys.stderr)
-    persons_s = {name: statistics.median(values) for name, values in found.items()}
-    return {"persons/s": persons_s, "of plain": ratios(found, "plain"), "of bare": ratios(found, "bare")}
+    return {"persons/s": {name: round(statistics.median(values), 2) for name, values in found.items()},
+            "of plain": ratios(found, "plain"),
+            "of bare": {name: ratio for precision in DTYPES if f"bare, {precision}" in found
+                        for name, ratio in ratios(found, f"bare, {precision}").items() if precision in name}}
 
 
 def ratios(found: dict[str, list[float]], of: str) -> dict[str, float]:
@@ -198,9 +205,9 @@ def decode_in_numpy(heatmaps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return joints
 
 
-def bare_forward(model: Path, pictures: Sequence[bytes], boxes: Boxes, ready: Any) -> float:
+def bare_forward(model: Path, precision: str, pictures: Sequence[bytes], boxes: Boxes, ready: Any) -> float:
     """Crops/s of forward passes alone, with flip, on crops that are there already; one thread."""
-    predictor = Predictor(model, backend=cpu_backend(), threads=1)
+    predictor = Predictor(model, backend=cpu_backend(), precision=precision, threads=1)
     crops = np.concatenate([crops_of(predictor, data, some) for data, some in zip(pictures, boxes, strict=True)])
     batch = np.concatenate([crops] * -(-CROPS_RESIDENT // len(crops)))[:predictor.batch_size]
     images = normalise_crops(torch.from_numpy(batch), predictor.spec)
@@ -265,7 +272,7 @@ def decode_and_crop(model: Path, pictures: Sequence[bytes], boxes: Boxes, ready:
     return done / (time.monotonic() - began)
 
 
-def repeated_pictures(output: Path, number: int) -> str:
+def repeated_pictures(output: Path, number: int, images_per_shard: int = 500) -> str:
     """A shard dataset of the val pictures and their annotations, each many times under other names."""
     place = output / f"repeated-{number}"
     if (place / "shards" / "dataset-000001.json").exists():
@@ -275,11 +282,13 @@ def repeated_pictures(output: Path, number: int) -> str:
     repeated = [(row, f"{copy:04d}-{row['key']}", copy * 1_000_000 + i)
                 for copy in range(-(-number // len(rows))) for i, row in enumerate(rows)][:number]
     write_annotated(place, [(name, number, row["bytes"], row["width"], row["height"],
-                             annotated_boxes(row["persons"]).xywh) for row, name, number in repeated])
+                             annotated_boxes(row["persons"]).xywh) for row, name, number in repeated],
+                    images_per_shard)
     return str(place / "shards")
 
 
-def write_annotated(place: Path, pictures: Sequence[tuple[str, int, bytes, int, int, np.ndarray[Any, Any]]]) -> None:
+def write_annotated(place: Path, pictures: Sequence[tuple[str, int, bytes, int, int, np.ndarray[Any, Any]]],
+                    images_per_shard: int) -> None:
     """Pictures (name, id, bytes, width, height, boxes) as a folder with annotations, sharded at `place`/shards."""
     (place / "images").mkdir(parents=True)
     ids = itertools.count(1)
@@ -293,32 +302,39 @@ def write_annotated(place: Path, pictures: Sequence[tuple[str, int, bytes, int, 
                         for _, number, _, _, _, boxes in pictures for box in boxes],
         "categories": [{"id": 1, "name": "person", "keypoints": list(COCO17.joints), "skeleton": []}]}))
     shard.run(ShardConfig(images=str(place / "images"), annotations=str(place / "annotations.json"),
-                          output=str(place / "shards"), images_per_shard=200, tracking=NO_TRACKING))
+                          output=str(place / "shards"), images_per_shard=images_per_shard, tracking=NO_TRACKING))
 
 
 # --- persons in each picture, and memory --------------------------------------------------------------------------
 
 
 def measure_persons(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
-    """Persons/s, pool start not counted, by the number of persons in each picture."""
-    found = {}
-    for persons in PERSONS:
-        place, chosen = output / f"persons-{persons}", pictures[:PERSONS_EACH // persons]
+    """Persons/s, pool start not counted, by the number of persons in each picture; medians."""
+    found: dict[int, list[float]] = {persons: [] for persons in PERSONS}
+    for number, persons in itertools.product(range(REPETITIONS), PERSONS):
+        place = output / f"persons-{persons}"
         if not place.exists():
-            write_annotated(place, [picture_with_boxes(i, data, persons) for i, data in enumerate(chosen)])
-        run = run_job(place / "out", model, str(place / "shards"), boxes=None)
-        found[persons] = round(run.persons / run.working_s, 2)
-        print(persons, found[persons], file=sys.stderr)
-    return {"persons/s": found, "slowest of fastest": min(found.values()) / max(found.values())}
+            write_with_boxes(place, pictures, persons)
+        run = run_job(place / f"out-{number}", model, str(place / "images"), boxes=str(place / "boxes.parquet"),
+                      pictures_per_unit=PERSONS_PER_UNIT // persons)
+        found[persons].append(run.persons / run.working_s)
+        print(persons, round(found[persons][-1], 2), file=sys.stderr)
+    medians = {persons: round(statistics.median(values), 2) for persons, values in found.items()}
+    return {"persons/s": medians, "slowest of fastest": round(min(medians.values()) / max(medians.values()), 3)}
 
 
-def picture_with_boxes(number: int, data: bytes, persons: int) -> tuple[str, int, bytes, int, int, Any]:
-    """A picture with so many boxes, drawn at random."""
-    height, width = decoded(data).shape[:2]
-    drawn = np.random.default_rng(number).uniform(size=(persons, 4))
-    xywh = np.stack([drawn[:, 0] * width * 0.6, drawn[:, 1] * height * 0.5, width * (0.1 + 0.3 * drawn[:, 2]),
-                     height * (0.2 + 0.3 * drawn[:, 3])], axis=1)
-    return f"{number:06d}.jpg", number + 1, data, width, height, xywh
+def write_with_boxes(place: Path, pictures: Sequence[bytes], persons: int) -> None:
+    """Pictures as a folder, each with so many boxes, drawn at random, in `boxes.parquet`."""
+    (place / "images").mkdir(parents=True)
+    rows = []
+    for number, data in enumerate(itertools.islice(itertools.cycle(pictures), PERSONS_EACH // persons)):
+        name = f"{number:06d}.jpg"
+        (place / "images" / name).write_bytes(data)
+        height, width = decoded(data).shape[:2]
+        for x, y, w, h in np.random.default_rng(number).uniform(size=(persons, 4)).tolist():
+            rows.append({"key": name, "x": x * width * 0.6, "y": y * height * 0.5, "w": width * (0.1 + 0.3 * w),
+                         "h": height * (0.2 + 0.3 * h)})
+    pq.write_table(pa.Table.from_pylist(rows), place / "boxes.parquet")
 
 
 def measure_memory(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
