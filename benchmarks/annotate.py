@@ -62,7 +62,7 @@ NETWORK_PICTURES, NETWORK_PICTURES_PER_SHARD = 310, 16  # many units for each ac
 NULL_PICTURES = 12_000
 MEMORY_PICTURES = 20_000
 PERSONS = (1, 3, 10, 30)
-PERSONS_EACH, PERSONS_PER_UNIT = 960, 120  # for each number of persons a picture
+PERSONS_EACH, PERSONS_PER_UNIT = 480, 60  # for each number of persons a picture
 PARTS = ("network", "null", "persons", "memory")
 
 

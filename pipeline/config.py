@@ -154,7 +154,7 @@ class AnnotationConfig(Settings):
     backend: Literal["auto", "cpu", "cuda", "openvino", "null"] = Field(
         "auto", description="null: no network, to measure what all else costs")
     threads: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="crops that go through the network together; OpenVINO takes fours")
     deterministic: bool = False
     compile: Literal["default", "reduce-overhead"] | None = Field(
         None, description="torch.compile's mode, for backends cpu and cuda; reduce-overhead: CUDA graphs")
