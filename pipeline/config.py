@@ -179,7 +179,7 @@ class PlanConfig(AnnotationConfig):
     """`plan`: what annotating will take."""
 
     price_per_node_hour: float | None = Field(None, ge=0)
-    sample: int | None = Field(None, ge=1, description="pictures to measure on; default: 100 for each actor")
+    sample: int | None = Field(None, ge=1, description="pictures to measure on; default: 200 for each actor")
     scratch: str | None = Field(None, description="where the sample's output goes for a while; default: TMPDIR")
 
 

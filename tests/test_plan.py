@@ -8,22 +8,23 @@ import pytest
 
 from jobs import plan
 from jobs.annotate_pool import PoolSizes
-from jobs.plan import Measured, Sampling, Whole, predict
+from jobs.plan import Measured, Sampling, Whole, predict, split_cost
 from pipeline.config import PlanConfig
 from pipeline.errors import DataError
 from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
 POOL = PoolSizes(annotators=4, detectors=0, cpus=0.9, gpus=0)
-MEASURED = Measured(pictures=100, persons=300, rejected=1, picture_s=0.5, pool_start_s=7.0, seal_unit_s=0.01)
+MEASURED = Measured(pictures=100, persons=300, rejected=1, picture_s=0.5, unit_s=2.0, pool_start_s=7.0,
+                    seal_unit_s=0.01)
 
 
 def test_the_busiest_actor_decides() -> None:
-    whole = Whole(pictures=900, units=9, seconds=3.0)  # units of 50 s: three actors have two, one has three
+    whole = Whole(pictures=900, units=9, seconds=3.0)  # units of 52 s: three actors have two, one has three
     predicted = predict(whole, MEASURED, pool=POOL, nodes=2, price=1.5)
-    assert predicted.annotating_s == pytest.approx(150)
-    assert predicted.seconds == pytest.approx(3 + 7 + 150 + 0.09)
-    assert predicted.node_hours == pytest.approx(2 * 160.09 / 3600)
+    assert predicted.annotating_s == pytest.approx(156)
+    assert predicted.seconds == pytest.approx(3 + 7 + 156 + 0.09)
+    assert predicted.node_hours == pytest.approx(2 * 166.09 / 3600)
     assert predicted.money == pytest.approx(1.5 * predicted.node_hours)
 
 
@@ -31,11 +32,22 @@ def test_without_a_price_there_is_no_money() -> None:
     assert predict(Whole(900, 9, 3.0), MEASURED, pool=POOL, nodes=1, price=None).money is None
 
 
+def test_what_a_unit_costs_beside_its_pictures_is_told_by_units_of_one() -> None:
+    # a second for the unit, half a second for each picture
+    assert split_cost(1.5, [6.0, 11.0], [10, 20]) == pytest.approx((0.5, 1.0))
+
+
+def test_where_units_of_one_picture_tell_nothing_the_pictures_cost_all() -> None:
+    assert split_cost(0.1, [6.0, 12.0], [10, 20]) == pytest.approx((0.6, 0.0))  # the one was a small picture
+    assert split_cost(0.5, [0.4, 0.6], [1, 1]) == pytest.approx((0.5, 0.0))
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_a_sample_is_spread_over_the_units_and_all_of_them_are_counted() -> None:
     sampling = Sampling(40)
     units = [pa.table({"key": [f"{unit:02d}-{i:02d}" for i in range(30)]}) for unit in range(20)]
-    slices = list(sampling.choose(iter(units)))
+    first, single, *slices = sampling.choose(iter(units))
+    assert len(first) == len(single) == 1
     assert (sampling.whole.pictures, sampling.whole.units) == (600, 20)
     keys = [key for one in slices for key in one["key"].to_pylist()]
     assert len(keys) == len(set(keys)) == 40
@@ -53,7 +65,7 @@ def test_a_plan_counts_the_input_measures_a_sample_and_leaves_nothing_behind(
         pictures_per_unit=2, price_per_node_hour=2.0, scratch=str(tmp_path / "scratch"), tracking=NO_TRACKING))
     assert found["whole"]["pictures"] == 12
     assert found["whole"]["units"] == 6
-    assert found["measured"]["persons"] == found["measured"]["pictures"] == 8  # two of each of four units
+    assert found["measured"]["persons"] == found["measured"]["pictures"] == 10  # 4 x 2, and 2 x 1
     assert found["predicted"]["money"] == pytest.approx(2 * found["predicted"]["node_hours"])
     assert "12 pictures in 6 units" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
