@@ -48,7 +48,7 @@ def has_openvino() -> bool:
 def native_precision(backend: str) -> str:
     """bfloat16 where this machine's processor computes it, else float32: elsewhere it is emulated, and slower.
 
-    It moves 6 to 12 % of the joints by more than half a pixel, and changes AP by less than 0.0001 (RESULTS.md).
+    It moves 6 % of the joints by more than half a pixel, and changes AP by -0.0007 +- 0.0005 (RESULTS.md).
     """
     if backend == CUDA:
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
