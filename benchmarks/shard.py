@@ -1,6 +1,6 @@
 """How fast `shard` is, beside the loop that one would write instead, and beside what this machine can do at most.
 
-    python -m benchmarks.shard [--pictures N] [--output DIR]
+    python -m benchmarks.shard [--pictures N] [--repetitions N] [--output DIR]
 
 Everything is read from and written to a small S3 server on loopback (benchmarks/static_s3.py), which takes its share
 of the same cores. For each size of pictures and each latency, one after the other and all of it several times:
@@ -52,7 +52,6 @@ ROWS_PER_PART = 1000
 PICTURES_PER_SHARD = 250  # small, so that a run has many shards for each task: a job of millions of pictures has
 DISTINCT_PICTURES = 100
 BYTES_PER_PIXEL = 0.6  # COCO's have 0.5
-REPETITIONS = 3
 SEQUENTIAL_PICTURES = 200
 OUT = "out"  # the bucket that is written to
 
@@ -114,6 +113,7 @@ def main() -> int:
     """Measure, print the table, write shard.json."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pictures", type=int, default=2000, help="in each bucket")
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("build/benchmark-shard"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def main() -> int:
         os.environ.update(server.environment)  # before Ray: its workers inherit them
         sources = [fill_bucket(server, name, options.pictures) for name in SIZES]
         with start_ray():
-            measured = measure(server, sources)
+            measured = measure(server, sources, options.repetitions)
     (options.output / "shard.json").write_text(json.dumps([asdict(one) for one in measured], indent=1))
     print_table(measured)
     print_stages(measured)
@@ -255,7 +255,7 @@ def get(client: Any, bucket: str, key: str) -> bytes:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(server: RunningServer, sources: Sequence[Source]) -> list[Measurement]:
+def measure(server: RunningServer, sources: Sequence[Source], repetitions: int) -> list[Measurement]:
     """All contenders in turn, on each source at each latency, several times."""
     at_once = 2 * num_cpus()  # as many as jobs.shard has tasks
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as processes:
@@ -267,12 +267,12 @@ def measure(server: RunningServer, sources: Sequence[Source]) -> list[Measuremen
             "1 thread": lambda source, prefix: run_loop(source, prefix, threads=1)}
         for run in contenders.values():  # imports, connections, Ray's workers
             measure_one(server, "warm-up", run, sources[0], 0)
-        return list(_measurements(server, contenders, sources))
+        return list(_measurements(server, contenders, sources, repetitions))
 
 
 def _measurements(server: RunningServer, contenders: dict[str, Callable[[Source, str], None]],
-                  sources: Sequence[Source]) -> Iterator[Measurement]:
-    for _, source, latency_s in itertools.product(range(REPETITIONS), sources, LATENCIES_S):
+                  sources: Sequence[Source], repetitions: int) -> Iterator[Measurement]:
+    for _, source, latency_s in itertools.product(range(repetitions), sources, LATENCIES_S):
         for name, run in contenders.items():
             some = first_pictures(source, SEQUENTIAL_PICTURES) if name == "1 thread" else source
             made = measure_one(server, name, run, some, latency_s)
