@@ -71,6 +71,7 @@ def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
         "validation/iteration-0000002.jpg", "validation/iteration-0000004.jpg"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint_also_in_a_bucket(
         world: Path, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     s3.upload_folder(world / "shards", f"{bucket}/shards")
