@@ -1,6 +1,6 @@
 """How fast `shard` is, beside the loop that one would write instead, and beside what this machine can do at most.
 
-    python -m benchmarks.shard [--pictures N] [--repetitions N] [--output DIR]
+    python -m benchmarks.shard [--pictures N] [--repetitions N] [--only NAME ...] [--output DIR]
 
 Everything is read from and written to a small S3 server on loopback (benchmarks/static_s3.py), which takes its share
 of the same cores. For each size of pictures and each latency, one after the other and all of it several times:
@@ -53,6 +53,7 @@ PICTURES_PER_SHARD = 250  # small, so that a run has many shards for each task: 
 DISTINCT_PICTURES = 100
 BYTES_PER_PIXEL = 0.6  # COCO's have 0.5
 SEQUENTIAL_PICTURES = 200
+CONTENDERS = ("bare", "limit", "job", "16 threads", "1 thread")
 OUT = "out"  # the bucket that is written to
 
 
@@ -114,6 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--pictures", type=int, default=2000, help="in each bucket")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--output", type=Path, default=Path("build/benchmark-shard"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,7 @@ def main() -> int:
         os.environ.update(server.environment)  # before Ray: its workers inherit them
         sources = [fill_bucket(server, name, options.pictures) for name in SIZES]
         with start_ray():
-            measured = measure(server, sources, options.repetitions)
+            measured = measure(server, sources, options.repetitions, options.only)
     (options.output / "shard.json").write_text(json.dumps([asdict(one) for one in measured], indent=1))
     print_table(measured)
     print_stages(measured)
@@ -255,7 +257,8 @@ def get(client: Any, bucket: str, key: str) -> bytes:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(server: RunningServer, sources: Sequence[Source], repetitions: int) -> list[Measurement]:
+def measure(server: RunningServer, sources: Sequence[Source], repetitions: int,
+            names: Sequence[str]) -> list[Measurement]:
     """All contenders in turn, on each source at each latency, several times."""
     at_once = 2 * num_cpus()  # as many as jobs.shard has tasks
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as processes:
@@ -265,6 +268,7 @@ def measure(server: RunningServer, sources: Sequence[Source], repetitions: int) 
             "job": run_job,
             "16 threads": lambda source, prefix: run_loop(source, prefix, threads=16),
             "1 thread": lambda source, prefix: run_loop(source, prefix, threads=1)}
+        contenders = {name: run for name, run in contenders.items() if name in names}
         for run in contenders.values():  # imports, connections, Ray's workers
             measure_one(server, "warm-up", run, sources[0], 0)
         return list(_measurements(server, contenders, sources, repetitions))
@@ -339,7 +343,8 @@ def print_table(measured: Sequence[Measurement]) -> None:
             if (one.source, one.latency_s) == (source, latency_s):
                 runs.setdefault(one.contender, []).append(one)
         for name, some in runs.items():
-            ratios = [f"{statistics.median(map(ratio, some, runs[other])):.2f}" for other in ("limit", "16 threads")]
+            ratios = [f"{statistics.median(map(ratio, some, runs[other])):.2f}" if other in runs else ""
+                      for other in ("limit", "16 threads")]
             print(f"| {source} | {1000 * latency_s:.0f} ms | {name} | {median(some, rate):,.0f} "
                   f"| {median(some, lambda one: one.bytes / 1e6 / one.wall_s):.0f} | {' | '.join(ratios)} "
                   f"| {median(some, lambda one: 1000 * one.cpu_s / one.pictures):.2f} "
