@@ -12,12 +12,11 @@ from typing import Any
 
 from jobs.metrics import RunMetrics
 from pipeline.errors import DataError
-from pipeline.storage import StorageError
+from pipeline.shards import NOT_A_PICTURE
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
 from pipeline.units import total_counts
 
 logger = logging.getLogger("jobs.annotate")
-NOT_A_PICTURE = "not_a_picture"
 LOG_EVERY_S = 10.0
 SHOW_EVERY_S = 0.5
 
@@ -97,7 +96,7 @@ class Progress:
                     if ended.is_set():
                         return
                     self._earlier = total_counts([self._earlier, counts])
-            except (StorageError, OSError, DataError) as error:
+            except (OSError, ValueError) as error:  # the store, or a part that is damaged: sealing will say so
                 logger.warning("what earlier runs rejected counts only at the end: %s", error)
 
         thread = threading.Thread(target=count, daemon=True, name="counting parts")

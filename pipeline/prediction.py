@@ -117,8 +117,7 @@ class Predictor:
         return placed.astype(np.float32)
 
     def _batches(self, crops: Iterable[Array]) -> Iterator[Array]:
-        """The crops in batches, each valid until the next one is asked for: they share their memory, which stays in
-        the processor's cache, and so does what is decoded meanwhile (a tenth of its time, without a network)."""
+        """The crops in batches, uint8 [n, H, W, 3]; they share their memory: each holds until the next is asked for."""
         width, height = self.spec.input_size_wh
         batch = np.empty((self.batch_size, height, width, 3), np.uint8)
         remaining, filled = iter(crops), self.batch_size

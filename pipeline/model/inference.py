@@ -24,8 +24,8 @@ Heatmaps = Callable[[Tensor], Tensor]
 PLAIN, CPU, CUDA, OPENVINO = "plain", "cpu", "cuda", "openvino"
 NULL = "null"  # no network at all: every joint at 0, 0. To measure what everything else costs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# OpenVINO computes so many crops at once, and fills up fewer. More aren't faster (RESULTS.md) and take memory: 32 at
-# 256x192 2 GB; and of units of 70 persons a quarter of the time went into filling up to 32
+# OpenVINO computes so many crops at once, and fills up fewer. More aren't faster, and 32 take 0.9 GB more at 256x192;
+# of units of 73 persons a quarter of the time went into filling up to 32 (RESULTS.md)
 OPENVINO_CROPS = 4
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}  # OpenVINO's names
 
