@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
-from jobs.train_worker import INIT_FOLDER, TrainTask, schedule_of, train_worker
+from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
+from jobs.train_worker import train_worker
 from pipeline import samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError

@@ -1,0 +1,59 @@
+"""What each of `train`'s workers is given and holds, and how the ranks hear from each other."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline import training
+from pipeline.config import TrainConfig
+from pipeline.model.directory import ModelSpec
+from pipeline.model.mspn import MSPN
+from pipeline.shards import ShardDataset
+
+INIT_FOLDER = "_init"
+STATE_FILE = "state.pt"
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What every worker is given. `source` is what model.json will say of the model's origin."""
+
+    config: TrainConfig
+    data: ShardDataset
+    val: ShardDataset | None
+    intent: dict[str, Any]
+    counts: list[int]  # trainable persons in each shard of `data`
+    source: dict[str, Any]
+    run_id: str | None
+
+
+@dataclass
+class Worker:
+    """What a rank holds while it trains."""
+
+    task: TrainTask
+    rank: int
+    world: int
+    device: torch.device
+    spec: ModelSpec
+    network: MSPN
+    wrapped: torch.nn.Module  # the network, or the wrapper that averages gradients over the ranks
+    optimiser: torch.optim.Optimizer
+    iteration: int  # done
+    position: int  # next slot in the rank's stream
+
+
+def schedule_of(config: TrainConfig, *, world: int) -> training.Schedule:
+    """The rate grows with the number of workers, and so with the whole batch, as the authors have it."""
+    optimiser = config.optimiser
+    return training.Schedule(optimiser.learning_rate_per_worker * world, optimiser.iterations,
+                             optimiser.warmup_iterations, optimiser.warmup_factor)
+
+
+def gather(worker: Worker, value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    values = [value] * worker.world
+    if worker.world > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
