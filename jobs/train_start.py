@@ -25,19 +25,18 @@ def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     # half as fast again on CPUs
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
-    state = _restore(network, optimiser) or training.TrainingState(0, (0,) * world)
+    state = _restore(network, optimiser) or training.TrainingState(0, ((0,) * len(task.sets),) * world)
     if rank == 0 and state.iteration:
         logger.info("going on after iteration %d", state.iteration)
     # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
     wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
     return Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
-                  training.position_of(state, rank=rank, world=world))
+                  training.positions_of(state, rank=rank, world=world))
 
 
 def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
-    config, skeleton = task.config, task.data.skeleton
-    assert skeleton is not None
+    config, skeleton = task.config, task.skeleton
     torch.manual_seed(config.seed)
     asked = MSPNConfig(num_joints=skeleton.num_joints, **config.network.model_dump())
     if config.init is not None:
@@ -52,13 +51,12 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
 
 def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
     """The model of `init`, whose architecture is taken unless the settings give one."""
-    assert task.data.skeleton is not None
     with tempfile.TemporaryDirectory() as folder:
         network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
     other = "network" in task.config.model_fields_set and network.config != asked
-    if other or tuple(spec.skeleton["joints"]) != task.data.skeleton.joints:
+    if other or tuple(spec.skeleton["joints"]) != task.skeleton.joints:
         raise ConfigError(f"init {task.config.init}: it is {network.config} for the joints of {spec.skeleton['name']}, "
-                          f"but asked for is {asked} for those of {task.data.skeleton.name}. Leave `network` out, or "
+                          f"but asked for is {asked} for those of {task.skeleton.name}. Leave `network` out, or "
                           "begin from another model.")
     return network, spec
 

@@ -99,10 +99,19 @@ class LossConfig(Settings):
     occluded: Literal["suppress", "supervise"] = "suppress"
 
 
-class TrainConfig(Settings):
-    """`train`: a shard dataset -> a model directory."""
+class DataConfig(Settings):
+    """One shard dataset to train on, beside others."""
 
-    data: str
+    uri: str
+    weight: float = Field(1.0, gt=0, description="how often one of its persons comes, against those of other sets")
+    joints: tuple[str, ...] | None = Field(None, description="those that it has labels of, where it lists more")
+
+
+class TrainConfig(Settings):
+    """`train`: shard datasets -> a model directory. The model's joints are those of the first dataset."""
+
+    data: tuple[DataConfig, ...] = Field(
+        min_length=1, description="a URI, or a list of URIs and {uri, weight, joints}; the first names the joints")
     output: str
     val: str | None = None
     workers: str = "auto"
@@ -122,6 +131,14 @@ class TrainConfig(Settings):
     loss: LossConfig = LossConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """A URI, a mapping, or a list of them; in a flag, a mapping is YAML: `{uri: s3://..., weight: 2}`."""
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        read = [yaml.safe_load(each) if isinstance(each, str) and each.startswith("{") else each for each in entries]
+        return [{"uri": each} if isinstance(each, str) else each for each in read]
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -271,8 +288,14 @@ def load_config(kind: type[AnySettings], *, file: str | None = None, assignments
 
 def locations(settings: Settings, *names: str) -> Any:
     """The same settings with the named URIs spelled in full, so that a worker elsewhere reads the same place."""
-    known = {name: normalise(value) for name in names if (value := getattr(settings, name))}
+    known = {name: _located(value) for name in names if (value := getattr(settings, name))}
     return settings.model_copy(update=known)
+
+
+def _located(value: str | tuple[DataConfig, ...]) -> Any:
+    if isinstance(value, str):
+        return normalise(value)
+    return tuple(one.model_copy(update={"uri": normalise(one.uri)}) for one in value)
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

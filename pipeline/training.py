@@ -45,7 +45,7 @@ class TrainingBatch:
 
     crops      uint8 [B, H, W, 3] BGR
     joints_xy  float32 [B, K, 2] in crop pixels
-    visible    [B, K]: 0 not labelled, 1 occluded, 2 visible
+    visible    [B, K]: -1 a joint that the data don't have, 0 not labelled, 1 occluded, 2 visible
     ids        int64 [B], the persons' annotation ids, to name them in an error
     """
 
@@ -71,10 +71,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands: after `iteration` iterations; `positions` are the ranks' next slots in their streams."""
+    """Where a run stands: after `iteration` iterations; of each rank the next slot in each dataset's stream."""
 
     iteration: int
-    positions: tuple[int, ...]
+    positions: tuple[tuple[int, ...], ...]
 
 
 # --- schedule and optimiser ---------------------------------------------------------------------------------------
@@ -154,7 +154,8 @@ def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.devi
 def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: TrainingState) -> bytes:
     """All that a run needs to go on, as torch.save writes it: tensors and plain types. `load_state` is the inverse."""
     sink = io.BytesIO()
-    torch.save({"version": STATE_VERSION, "iteration": state.iteration, "positions": list(state.positions),
+    torch.save({"version": STATE_VERSION, "iteration": state.iteration,
+                "positions": [list(each) for each in state.positions],
                 "network": network.state_dict(), "optimiser": optimiser.state_dict(),
                 "random": torch.get_rng_state()}, sink)
     return sink.getvalue()
@@ -172,11 +173,13 @@ def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer) -> 
     network.load_state_dict(values["network"])
     optimiser.load_state_dict(values["optimiser"])
     torch.set_rng_state(values["random"])
-    return TrainingState(values["iteration"], tuple(values["positions"]))
+    # one dataset's position was a number at first
+    positions = tuple((each,) if isinstance(each, int) else tuple(each) for each in values["positions"])
+    return TrainingState(values["iteration"], positions)
 
 
-def position_of(state: TrainingState, *, rank: int, world: int) -> int:
-    """Where a rank's stream goes on. With another number of ranks than before, all go on from the mean position."""
+def positions_of(state: TrainingState, *, rank: int, world: int) -> tuple[int, ...]:
+    """Where a rank's streams go on. With another number of ranks than before, all go on from the mean positions."""
     if len(state.positions) == world:
         return state.positions[rank]
-    return sum(state.positions) // world
+    return tuple(sum(of_set) // world for of_set in zip(*state.positions, strict=True))
