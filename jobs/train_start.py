@@ -11,6 +11,7 @@ from jobs.train_task import INIT_FOLDER, STATE_FILE, TrainTask, Worker
 from pipeline import storage, training
 from pipeline.errors import ConfigError
 from pipeline.model.directory import ModelSpec, load_model
+from pipeline.model.joint_sets import with_joints
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model_reference import download_model
 
@@ -50,14 +51,18 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
 
 
 def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
-    """The model of `init`, whose architecture is taken unless the settings give one."""
+    """The model of `init`, whose architecture is taken unless the settings give one; heads for other joints are new."""
     with tempfile.TemporaryDirectory() as folder:
         network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
-    other = "network" in task.config.model_fields_set and network.config != asked
-    if other or tuple(spec.skeleton["joints"]) != task.skeleton.joints:
-        raise ConfigError(f"init {task.config.init}: it is {network.config} for the joints of {spec.skeleton['name']}, "
-                          f"but asked for is {asked} for those of {task.skeleton.name}. Leave `network` out, or "
+    own = network.config.model_copy(update={"num_joints": asked.num_joints})
+    if "network" in task.config.model_fields_set and own != asked:
+        raise ConfigError(f"init {task.config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
                           "begin from another model.")
+    if tuple(spec.skeleton["joints"]) == task.skeleton.joints:
+        return network, spec
+    network, spec, new = with_joints(network, spec, task.skeleton)
+    logger.info("init %s has other joints: %s", task.config.init,
+                f"those that are new begin untrained: {', '.join(new)}" if new else "none is new")
     return network, spec
 
 
