@@ -98,7 +98,7 @@ def person_order(persons_per_picture: Sequence[int], *, seed: int, epoch: int,
 
     Pictures are shuffled, and then the persons of each `WINDOW_PICTURES` of them, so that a picture is decoded once
     for all its persons. Each picture's n persons come at equal distances, an n-th of the window apart, from a random
-    place on: merely shuffled, 32 persons of COCO would hold three pairs from one picture (benchmarks/train_input.py).
+    place on: merely shuffled, each 32 persons of COCO would hold a pair from one picture (benchmarks/train_input.py).
     """
     generator = _generator(seed, epoch, part)
     pictures = generator.permutation([index for index, count in enumerate(persons_per_picture) if count])
