@@ -18,7 +18,7 @@ from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import samples, storage, tracking
-from pipeline.config import TrainConfig, locations
+from pipeline.config import OptimiserConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
@@ -34,6 +34,9 @@ WORKER_ENVIRONMENT = {
     # Ray Train shows what pycocotools prints, though that is redirected
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
+# settings that came after the first runs: while they have their defaults an intent says nothing of them
+LATER_OPTIMISER = ("accumulate", "clip_norm", "ema_decay")
+LATER_SETTINGS = ("compile", "sync_batch_norm")
 PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflow")
 
 
@@ -99,6 +102,10 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
         intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
+    for name in LATER_OPTIMISER:
+        if getattr(config.optimiser, name) == OptimiserConfig.model_fields[name].default:
+            del intent["optimiser"][name]
+    intent |= config.model_dump(mode="json", include=set(LATER_SETTINGS), exclude_defaults=True)
     return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
 
 
@@ -142,7 +149,7 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
     names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale")
-    recipe = {name: job.intent[name] for name in names}
+    recipe = {name: job.intent[name] for name in (*names, *LATER_SETTINGS) if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
