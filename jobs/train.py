@@ -138,8 +138,8 @@ def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingS
     """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
-        "workers", "seed", "precision", "trunk", "init", "heatmap_scale", "network", "optimiser", "loss",
-        "augmentation", "validate_every", "validate_persons"})
+        "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
+        "optimiser", "loss", "augmentation", "validate_every", "validate_persons"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -192,8 +192,9 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale")
-    recipe = {name: job.intent[name] for name in names}
+    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale",
+             "compile", "sync_batch_norm")
+    recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pipeline import training
+from pipeline.averaging import WeightAverage
 from pipeline.config import TrainConfig
 from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec
@@ -50,6 +51,12 @@ class Worker:
     optimiser: torch.optim.Optimizer
     iteration: int  # done
     positions: tuple[int, ...]  # next slot in the rank's stream of each dataset
+    average: WeightAverage | None = None  # of the network's weights, where the settings want one
+
+    @property
+    def result(self) -> MSPN:
+        """The network that is validated and becomes the model: the average, where there is one."""
+        return self.network if self.average is None else self.average.network
 
 
 def schedule_of(config: TrainConfig, *, world: int) -> training.Schedule:

@@ -71,13 +71,17 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
-    loss = worker.task.config.loss
+    loss, optimiser = worker.task.config.loss, worker.task.config.optimiser
     worker.iteration += 1
     worker.positions = positions_after(worker.positions, batch)
-    return training.train_step(
+    report = training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
         rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16")
+        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16",
+        accumulate=optimiser.accumulate, clip_norm=optimiser.clip_norm)
+    if worker.average is not None:
+        worker.average.update(worker.network)
+    return report
 
 
 def _keep(worker: Worker, evaluation: dict[str, float]) -> None:
@@ -90,7 +94,8 @@ def _keep(worker: Worker, evaluation: dict[str, float]) -> None:
         checkpoint = None
         if worker.rank == 0:
             state = training.TrainingState(worker.iteration, positions)
-            Path(folder, STATE_FILE).write_bytes(training.state_bytes(worker.network, worker.optimiser, state))
+            Path(folder, STATE_FILE).write_bytes(training.state_bytes(worker.network, worker.optimiser, state,
+                                                                      worker.average))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"iteration": worker.iteration, **evaluation}, checkpoint=checkpoint, checkpoint_dir_name=name)
 
@@ -102,7 +107,7 @@ def _put(worker: Worker, evaluation: dict[str, float]) -> None:
         return
     source = worker.task.source | {"iterations": worker.iteration, "samples": num_samples, "evaluation": evaluation}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder, "model"), worker.network, worker.spec.model_copy(update={"source": source}))
+        save_model(Path(folder, "model"), worker.result, worker.spec.model_copy(update={"source": source}))
         put_model(Path(folder, "model"), worker.task.config.output)
 
 

@@ -136,8 +136,9 @@ def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     network = MSPN(TINY)
     optimiser = training.make_optimiser(network, weight_decay=0.0)
     path = tmp_path / "state.pt"
-    torch.save({"version": 2}, path)
-    with pytest.raises(DataError, match="version 2; this program reads up to 1"):
+    newest = training.STATE_VERSION
+    torch.save({"version": newest + 1}, path)
+    with pytest.raises(DataError, match=f"version {newest + 1}; this program reads up to {newest}"):
         training.load_state(path.read_bytes(), network, optimiser)
 
 
