@@ -97,9 +97,11 @@ def promote(candidate: RegisteredVersion, alias: str, data: ShardDataset, *, exp
     them were both compared with the same champion, and the later one has the alias though it may be worse than the
     other. It isn't worse than their common champion by more than the tolerance.
     """
+    settings = tracking.located(settings)
     champion = tracking.version_behind(candidate.name, alias, tracking=settings)
     decided = Promotion(alias, False, "", candidate.reference, champion.reference if champion else None,
-                        tolerance=rules.tolerance, data=data.uri, data_version=data.version)
+                        tolerance=rules.tolerance, data=tracking.without_credentials(data.uri),
+                        data_version=data.version)
     if champion == candidate:
         decided = dataclasses.replace(decided, why=f"it is @{alias} already")
         logger.info("%s is @%s already; nothing was done", candidate.reference, alias)
@@ -110,7 +112,7 @@ def promote(candidate: RegisteredVersion, alias: str, data: ShardDataset, *, exp
             ap, champion_ap = [*_measure(models, data, rules), None][:2]
         decided = dataclasses.replace(decided, ap=ap, champion_ap=champion_ap)
         why = promotion.refuse_worse(decided.ap, decided.champion_ap, tolerance=rules.tolerance,
-                                     champion=decided.champion, data=f"{data.uri} version {data.version}")
+                                     champion=decided.champion, data=f"{decided.data} version {data.version}")
         _refuse_moved_alias(candidate.name, alias, champion, settings)
     except PromotionRefused as refusal:
         decided = dataclasses.replace(decided, why=str(refusal))

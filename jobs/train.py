@@ -169,7 +169,8 @@ def _git_revision() -> str | None:
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | job.intent)
     run.log_params({"packages": _packages()})
-    run.set_tags({"job": job.digest, "output": config.output, "git_revision": _git_revision()})
+    revision = _git_revision()
+    run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))
     run.log_dataset("train", config.data, digest=job.input["data_digest"], context="training")
     if config.val is not None:
         run.log_dataset("val", config.val, digest=job.input["val_digest"], context="validation")
