@@ -49,7 +49,13 @@ JOBS = {
         "output": "where the model directory and its checkpoints go",
         "val": "shard dataset for the AP in the loop",
         "workers": "number of workers, or MIN:MAX",
-        "register": "name to register the model under in MLflow"}, repeatable=("data",)),
+        "register": "name to register the model under in MLflow",
+        "promote": "alias, such as champion, that moves to the registered model if it deserves it"},
+        repeatable=("data",)),
+    "promote": Job("promote", settings.PromoteConfig, "a registered model behind an alias, if it deserves it", {
+        "model": "registered version: models:/name/3 or models:/name@candidate",
+        "alias": "alias to move",
+        "data": "annotated shard dataset on which both models are measured"}),
     "annotate": Job("annotate", settings.AnnotateConfig, "pictures -> a keypoint dataset in Parquet", {
         "input": "shard dataset, prefix of pictures, or a Parquet/CSV list of URIs",
         "model": "model directory, runs:/... or models:/name@alias",

@@ -5,6 +5,7 @@ uint8 crops and joints. Ray Train keeps checkpoints under `<output>/_checkpoints
 last one, whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.promote import open_frozen_set, promote, refuse_unpromotable
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
 from jobs.train_worker import train_worker
@@ -42,12 +44,14 @@ PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflo
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train; says where the model is, how good it is, and under which name it was registered."""
     config = locations(config, "data", "output", "val", "trunk")
-    config = config.model_copy(update={"tracking": tracking.located(config.tracking)})
+    config = config.model_copy(update={"tracking": tracking.located(config.tracking),
+                                       "promotion": locations(config.promotion, "data")})
     uris = [*(one.uri for one in config.data), *filter(None, [config.val])]
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
     sets, val = _open_inputs(config, {} if job is None else job.input)
+    refuse_unpromotable(config, sets[0].dataset)
     inputs = _inputs(config, sets, val)
     if storage.exists(storage.join(config.output, SPEC_FILE)):
         _refuse_other_model(config, job, inputs, sets)
@@ -197,7 +201,11 @@ def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
     recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
+            "packages": _packages()}
+
+
+def _packages() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _git_revision() -> str | None:
@@ -213,7 +221,9 @@ def _git_revision() -> str | None:
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     data = [one.uri for one in config.data]
     run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": _one_or_all(data)} | job.intent)
-    run.set_tags({"job": job.digest, "output": config.output})
+    run.log_params({"packages": _packages()})
+    revision = _git_revision()
+    run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))
     digests = job.input["data_digest"]
     for number, (uri, digest) in enumerate(zip(data, digests if len(data) > 1 else [digests], strict=True), start=1):
         run.log_dataset("train" if number == 1 else f"train_{number}", uri, digest=digest, context="training")
@@ -272,10 +282,13 @@ def _result(config: TrainConfig) -> dict[str, Any]:
         directory = download_model(config.output, Path(folder))
         spec, digest = read_spec(directory), model_digest(directory)
         registered = _register(config, directory, spec) if config.register_as else None
+        promotion = None
+        if config.promote and registered:
+            promotion = _promote(config, directory, spec, registered["reference"])
     source = spec.source
     return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
             "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "model_digest": digest,
-            "run_id": source["run_id"], "registered": registered}
+            "run_id": source["run_id"], "registered": registered, "promotion": promotion}
 
 
 def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -287,3 +300,23 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
 
+
+
+def _promote(config: TrainConfig, directory: Path, spec: ModelSpec, reference: str) -> dict[str, Any]:
+    """Let the alias mean the registered model if it deserves it; decided once for each name and alias.
+
+    Not again by the same command later: the alias may by then have gone on to a better one.
+    """
+    marker = storage.join(config.output, f"_promotion-{config.register_as}-{config.promote}.json")
+    if storage.exists(marker):
+        return dict(json.loads(storage.read_object(marker)))
+    rules = config.promotion
+    # --val as it was when this model was trained, unless another set is named
+    data = (open_frozen_set(rules.data, rules.version) if rules.data is not None
+            else open_frozen_set(str(config.val), rules.version or spec.source["val_version"]))
+    candidate = tracking.registered_version(reference, tracking=config.tracking)
+    assert candidate is not None
+    decided = dataclasses.asdict(promote(candidate, str(config.promote), data, rules=rules, settings=config.tracking,
+                                         expected=tracking.file_sha256(directory)))
+    storage.put_if_absent(marker, json.dumps(decided).encode())
+    return decided
