@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
-from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
+from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import samples, storage, tracking
 from pipeline.config import TrainConfig, locations
@@ -33,6 +33,14 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # Ray Train shows what pycocotools prints, though that is redirected
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+LATER_SETTINGS = {  # of groups, which runs of the first version don't have
+    "optimiser": ("decay_at", "decay_factor"),
+    "loss": ("target_peak",),
+    "augmentation": ("center_jitter", "center_jitter_probability", "rotation_sigma_deg", "scale_sigma",
+                     "half_body_min_joints", "half_body_upper", "half_body_taken_from", "half_body_needs",
+                     "half_body_center", "half_body_scale", "half_body_extend_wh"),
+    "inference": ("colour", "box_padding_wh", "decoding", "blur_kernel"),
 }
 PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflow")
 
@@ -92,7 +100,8 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "trunk", "init", "heatmap_scale", "network", "optimiser", "loss",
-        "augmentation", "validate_every", "validate_persons"})
+        "augmentation", "inference", "validate_every", "validate_persons"})
+    _leave_out_later_defaults(intent)
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -102,12 +111,25 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
     return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
 
 
+def _leave_out_later_defaults(intent: dict[str, Any]) -> None:
+    """Take out what older programs didn't know, where it is as they did it: their runs are then recognised."""
+    for group, names in LATER_SETTINGS.items():
+        defaults = TrainConfig.model_fields[group].default.model_dump(mode="json")
+        for name in names:
+            if intent[group][name] == defaults[name]:
+                del intent[group][name]
+        if not intent[group]:
+            del intent[group]
+
+
 def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], data: ShardDataset,
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
     intent = _intent(config, job, data)
     counts = samples.trainable_counts(data)
-    schedule_of(config, world=1)  # refuses a warm-up that doesn't end
+    schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
+    assert data.skeleton is not None
+    augmentation_of(config, data.skeleton)  # refuses joints that aren't the data's
     _refuse_too_many_workers(intent["workers"], counts, config)
     if job is not None:
         refuse_other_intent(job, config.output, input=inputs, intent=intent)
@@ -141,8 +163,9 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale")
-    recipe = {name: job.intent[name] for name in names}
+    names = ("network", "optimiser", "loss", "augmentation", "inference", "workers", "precision", "trunk", "init",
+             "heatmap_scale")
+    recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}

@@ -9,10 +9,13 @@ import torch
 
 from jobs.train_task import INIT_FOLDER, STATE_FILE, TrainTask, Worker
 from pipeline import storage, training
+from pipeline.config import InferenceConfig, TrainConfig
 from pipeline.errors import ConfigError
-from pipeline.model.directory import ModelSpec, load_model
+from pipeline.model.decode import Decoding
+from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, load_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model_reference import download_model
+from pipeline.pose.skeleton import Skeleton
 
 logger = logging.getLogger("jobs.train")
 
@@ -46,12 +49,23 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
         weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
-        load_trunk(network, weights, colour="BGR")
-    return network, ModelSpec(network=asked, skeleton=skeleton.to_json())
+        load_trunk(network, weights, colour=config.inference.colour)
+    return network, spec_of(config, asked, skeleton)
+
+
+def spec_of(config: TrainConfig, network: MSPNConfig, skeleton: Skeleton) -> ModelSpec:
+    """What model.json will say of a model that begins untrained: how it sees a person, and is decoded, is settings."""
+    inference = config.inference
+    mean, std = IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
+    if inference.colour == "BGR":
+        mean, std = mean[::-1], std[::-1]
+    return ModelSpec(network=network, skeleton=skeleton.to_json(), colour=inference.colour, mean=mean, std=std,
+                     box_padding_wh=inference.box_padding_wh,
+                     decoding=Decoding(variant=inference.decoding, blur_kernel=inference.blur_kernel))
 
 
 def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
-    """The model of `init`, whose architecture is taken unless the settings give one."""
+    """The model of `init`, whose architecture, crop and decoding are taken unless the settings give others."""
     assert task.data.skeleton is not None
     with tempfile.TemporaryDirectory() as folder:
         network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
@@ -60,7 +74,18 @@ def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]
         raise ConfigError(f"init {task.config.init}: it is {network.config} for the joints of {spec.skeleton['name']}, "
                           f"but asked for is {asked} for those of {task.data.skeleton.name}. Leave `network` out, or "
                           "begin from another model.")
+    _refuse_other_inference(task.config, spec)
     return network, spec
+
+
+def _refuse_other_inference(config: TrainConfig, spec: ModelSpec) -> None:
+    """Weights are right only with what they were trained with: settings that aren't the defaults must be just that."""
+    own = InferenceConfig(colour=spec.colour, box_padding_wh=spec.box_padding_wh, decoding=spec.decoding.variant,
+                          blur_kernel=spec.decoding.blur_kernel)
+    if config.inference not in (InferenceConfig(), own):
+        raise ConfigError(f"init {config.init}: it was trained with inference {own.model_dump(mode='json')}, but asked "
+                          f"for is {config.inference.model_dump(mode='json')}. Give the model's own, or begin from "
+                          "another one.")
 
 
 def _restore(network: MSPN, optimiser: torch.optim.Optimizer) -> training.TrainingState | None:

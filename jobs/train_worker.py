@@ -76,7 +76,7 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
     return training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
         rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16")
+        occluded=loss.occluded, target_peak=loss.target_peak, bfloat16=worker.task.intent["precision"] == "bfloat16")
 
 
 def _keep(worker: Worker, evaluation: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, normalise_crops
 from pipeline.model.loss import mspn_loss
 from pipeline.model.mspn import MSPN
-from pipeline.model.targets import draw_targets
+from pipeline.model.targets import TargetPeak, draw_targets
 
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
@@ -26,17 +27,28 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Schedule:
-    """The authors' learning rate (their make_lr_scheduler): warm-up from a share of the peak, then linear to 0."""
+    """The authors' learning rate (their make_lr_scheduler): warm-up from a share of the peak, then linear to 0.
+
+    decay_at  instead of linear: after each of these iterations the rate is multiplied by decay_factor (MMPose's)
+    Refused with ConfigError: steps that don't ascend, or don't lie between the warm-up's end and the last iteration.
+    """
 
     peak: float
     iterations: int
     warmup_iterations: int
     warmup_factor: float
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
 
     def __post_init__(self) -> None:
         if self.warmup_iterations >= self.iterations:
             raise ConfigError(f"optimiser.warmup_iterations is {self.warmup_iterations}, but must be less than "
                               f"optimiser.iterations, {self.iterations}.")
+        bounds = (self.warmup_iterations, *self.decay_at, self.iterations)
+        if self.decay_at and not all(earlier < later for earlier, later in pairwise(bounds)):
+            raise ConfigError(f"optimiser.decay_at is {list(self.decay_at)}, but must ascend from "
+                              f"optimiser.warmup_iterations, {self.warmup_iterations}, to optimiser.iterations, "
+                              f"{self.iterations}. With another number of iterations, change it in proportion.")
 
 
 @dataclass(frozen=True)
@@ -81,10 +93,12 @@ class TrainingState:
 
 
 def learning_rate(iteration: int, schedule: Schedule) -> float:
-    """The rate of an iteration, counted from 1: exactly 0 at the last one."""
+    """The rate of an iteration, counted from 1: with linear decay exactly 0 at the last one."""
     warmup = schedule.warmup_iterations
     if iteration < warmup:
         return schedule.peak * (schedule.warmup_factor + (1 - schedule.warmup_factor) * iteration / warmup)
+    if schedule.decay_at:
+        return schedule.peak * schedule.decay_factor ** sum(iteration > step for step in schedule.decay_at)
     return schedule.peak * (1 - (iteration - warmup) / (schedule.iterations - warmup))
 
 
@@ -110,7 +124,7 @@ def scale_heatmaps(network: MSPN, factor: float) -> None:
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: TrainingBatch, *, iteration: int,
                rate: float, spec: ModelSpec, ohkm_joints: int, occluded: Literal["suppress", "supervise"],
-               bfloat16: bool = False) -> StepReport:
+               target_peak: TargetPeak = "maximum", bfloat16: bool = False) -> StepReport:
     """One step of the optimiser on one batch. The network (or its distributed wrapper) is in training mode.
 
     bfloat16  the network under autocast; targets and loss are float32 always
@@ -118,7 +132,7 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
     for group in optimiser.param_groups:
         group["lr"] = rate
     images = normalise_crops(batch.crops, spec).to(memory_format=torch.channels_last)
-    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh)
+    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh, peak=target_peak)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         heatmaps = network(images)
     loss = mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)
