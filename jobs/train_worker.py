@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from jobs.train_feed import sample_blocks
+from jobs.train_feed import sample_batches
 from jobs.train_progress import REPORT_EVERY, Progress, validate
 from jobs.train_start import open_worker
 from jobs.train_task import STATE_FILE, TrainTask, Worker, gather, schedule_of
-from pipeline import samples, tracking, training
+from pipeline import tracking, training
 from pipeline.errors import ConfigError, DataError
+from pipeline.mixture import positions_after
 from pipeline.model.directory import save_model
 from pipeline.model_reference import put_model
 from pipeline.samples import Arrays
@@ -48,7 +49,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
 def _train(worker: Worker, run: tracking.Run) -> str | None:
     """The rank's iterations. Metrics are looked at together every few of them, so that none waits for a number."""
     config, schedule = worker.task.config, schedule_of(worker.task.config, world=worker.world)
-    batches = samples.cut_batches(sample_blocks(worker), config.optimiser.batch_size_per_worker)
+    batches = sample_batches(worker)
     progress = Progress(worker, run)
     evaluation: dict[str, float] = {}
     while worker.iteration < schedule.iterations:
@@ -70,38 +71,43 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
-    loss = worker.task.config.loss
+    loss, optimiser = worker.task.config.loss, worker.task.config.optimiser
     worker.iteration += 1
-    worker.position = int(batch["slot"][-1]) + 1
-    return training.train_step(
+    worker.positions = positions_after(worker.positions, batch)
+    report = training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
         rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, target_peak=loss.target_peak, bfloat16=worker.task.intent["precision"] == "bfloat16")
+        occluded=loss.occluded, target_peak=loss.target_peak, bfloat16=worker.task.intent["precision"] == "bfloat16",
+        accumulate=optimiser.accumulate, clip_norm=optimiser.clip_norm)
+    if worker.average is not None:
+        worker.average.update(worker.network)
+    return report
 
 
 def _keep(worker: Worker, evaluation: dict[str, float]) -> None:
     """A checkpoint, and Ray Train's word on it. All ranks wait for it here."""
     import ray.train
 
-    positions = tuple(gather(worker, worker.position))
+    positions = tuple(gather(worker, worker.positions))
     name = f"iteration-{worker.iteration:07d}"
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if worker.rank == 0:
             state = training.TrainingState(worker.iteration, positions)
-            Path(folder, STATE_FILE).write_bytes(training.state_bytes(worker.network, worker.optimiser, state))
+            Path(folder, STATE_FILE).write_bytes(training.state_bytes(worker.network, worker.optimiser, state,
+                                                                      worker.average))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report({"iteration": worker.iteration, **evaluation}, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
 def _put(worker: Worker, evaluation: dict[str, float]) -> None:
     """The model directory, from rank 0. The other ranks' word is needed for the number of samples."""
-    num_samples = sum(gather(worker, worker.position))
+    num_samples = sum(map(sum, gather(worker, worker.positions)))
     if worker.rank != 0:
         return
     source = worker.task.source | {"iterations": worker.iteration, "samples": num_samples, "evaluation": evaluation}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder, "model"), worker.network, worker.spec.model_copy(update={"source": source}))
+        save_model(Path(folder, "model"), worker.result, worker.spec.model_copy(update={"source": source}))
         put_model(Path(folder, "model"), worker.task.config.output)
 
 

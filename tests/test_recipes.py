@@ -1,6 +1,5 @@
 """The recipes and presets that come with the program: each is complete, builds the network that it says, and trains."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from jobs.train_feed import recipe_of
 from jobs.train_start import new_network
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, augmentation_of, schedule_of
 from jobs.train_worker import _step
-from pipeline import samples, shards, training
+from pipeline import mixture, samples, shards, training
 from pipeline.config import Settings, TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.decode import Decoding
@@ -191,7 +190,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> shards.ShardDataset:
 
 
 def task(config: TrainConfig, data: shards.ShardDataset) -> TrainTask:
-    return TrainTask(config, data, None, {"precision": "float32"}, samples.trainable_counts(data), {}, None)
+    return TrainTask(config, (training_set(data),), None, {"precision": "float32"}, {}, None)
+
+
+def training_set(data: shards.ShardDataset) -> mixture.TrainingSet:
+    return mixture.TrainingSet(data, 1.0, tuple(samples.trainable_counts(data)), tuple(range(17)))
 
 
 def small(names: list[str], **settings: Any) -> TrainConfig:
@@ -200,8 +203,10 @@ def small(names: list[str], **settings: Any) -> TrainConfig:
 
 
 def first_batch(given: TrainTask, spec: ModelSpec) -> samples.Arrays:
-    turn = next(samples.rank_turns(given.counts, seed=0, rank=0, world=1))
-    return next(samples.cut_batches(samples.turn_samples(given.data, turn, recipe_of(given, spec)), 16))
+    one = given.sets[0]
+    turn = next(samples.rank_turns(one.counts, seed=0, rank=0, world=1))
+    stream = samples.turn_samples(one.dataset, turn, recipe_of(given, spec))
+    return next(mixture.mixed_batches([stream], [1.0], batch_size=16, positions=[0]))
 
 
 @pytest.mark.parametrize(("names", "peak", "occluded"), [
@@ -221,7 +226,7 @@ def test_one_step_of_each_recipe_minimises_its_own_loss(
     network, spec = new_network(given)
     before = network.top.conv.conv.weight.detach().clone()
     optimiser = training.make_optimiser(network, weight_decay=given.config.optimiser.weight_decay)
-    worker = Worker(given, 0, 1, torch.device("cpu"), spec, network.train(), network, optimiser, 0, 0)
+    worker = Worker(given, 0, 1, torch.device("cpu"), spec, network.train(), network, optimiser, 0, (0,))
     report = _step(worker, batch, schedule_of(given.config, world=1))
 
     torch.testing.assert_close(report.heads, expected.heads.detach(), rtol=1e-4, atol=1e-3)
@@ -317,17 +322,19 @@ def test_a_run_begun_before_there_were_recipes_is_recognised(data: shards.ShardD
                          "rotation_probability": 0.5, "scale_range": [0.6, 1.0], "flip_probability": 0.5,
                          "half_body_probability": 0.3},
         "validate_every": 2400, "validate_persons": None, "joints": list(COCO17.joints)}
-    assert train._intent(recipe(AUTHORS), None, data) == first
+    now, defaults = train._intent(recipe(AUTHORS), None, [training_set(data)]), recipe([]).model_dump(mode="json")
+    assert train._as_it_began(now, first, defaults) == first
+    other = train._intent(recipe([*AUTHORS, "presets/mpii.yaml"]), None, [training_set(data)])
+    assert train._as_it_began(other, first, defaults)["inference"]["blur_kernel"] == 9
 
 
 def test_what_differs_from_the_authors_is_part_of_what_a_run_is_known_by(data: shards.ShardDataset) -> None:
-    intent = train._intent(recipe(MMPOSE), None, data)
+    intent = train._intent(recipe(MMPOSE), None, [training_set(data)])
     assert intent["optimiser"]["decay_at"] == [99_450, 117_000]
-    assert "decay_factor" not in intent["optimiser"]  # the default
     assert intent["loss"]["target_peak"] == "joint"
     assert intent["augmentation"]["scale_sigma"] == 0.5
-    assert intent["inference"] == {"colour": "RGB", "box_padding_wh": [1.25, 1.25], "decoding": "mmpose"}
-    json.dumps(intent)
+    assert intent["inference"] == {"colour": "RGB", "box_padding_wh": [1.25, 1.25], "decoding": "mmpose",
+                                   "blur_kernel": 5}
 
 
 def test_an_upper_body_by_name_is_one_by_id() -> None:

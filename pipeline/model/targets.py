@@ -32,7 +32,7 @@ def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, i
     """The targets [B, len(kernels), K, H/4, W/4] float32 on the joints' device; 0 to 255.
 
     joints_xy  [B, K, 2] in input pixels
-    visible    [B, K]: a joint below 1 gets an empty map, and so does one outside of the input
+    visible    [B, K]: a joint of 0 or -1 gets an empty map, and so does one outside of the input
     peak       what is 255: "maximum", the map's highest cell, as the authors have it; "joint", the joint's own cell,
                as MMPose has it, and then up to 333 beside it, where the border mirrors the blur
 
