@@ -104,7 +104,9 @@ def test_the_two_recipes_differ_where_the_documentation_says() -> None:
                 assert f"`{group}.{name}`" in page, f"{group}.{name}"
 
 
-def test_mmposes_rate_is_theirs_on_eight_gpus() -> None:
+def test_mmposes_optimiser_is_theirs_on_eight_gpus() -> None:
+    optimiser = recipe(MMPOSE).optimiser
+    assert (optimiser.weight_decay, optimiser.batch_size_per_worker) == (0, 32)
     schedule = schedule_of(recipe(MMPOSE), world=8)
     rates = [training.learning_rate(iteration, schedule) for iteration in (500, 99_450, 99_451, 117_001, 122_850)]
     assert rates == pytest.approx([5e-3, 5e-3, 5e-4, 5e-5, 5e-5], rel=1e-9)  # 585 iterations each of 210 epochs
