@@ -39,7 +39,9 @@ def config(world: Path, output: Path | str, *, files: Sequence[str] = (), **sett
 def test_two_workers_make_a_model_that_says_where_it_comes_from_and_a_second_run_does_nothing(
         world: Path, tmp_path: Path) -> None:
     tracked = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db").model_dump()
-    wanted = config(world, tmp_path / "model", tracking=tracked, register="pose-test", alias="candidate")
+    hips = {"uri": str(world / "shards"), "weight": 0.5, "joints": ["left_hip", "right_hip"]}
+    wanted = config(world, tmp_path / "model", tracking=tracked, register="pose-test", alias="candidate",
+                    data=[str(world / "shards"), hips])
     result = train.run(wanted)
 
     network, spec = load_model(tmp_path / "model")
@@ -48,14 +50,17 @@ def test_two_workers_make_a_model_that_says_where_it_comes_from_and_a_second_run
     assert result["iterations"] == spec.source["iterations"] == 4
     assert result["samples"] == 4 * 4 * 2
     assert 0 <= result["AP"] <= 1
-    assert spec.source["data_digest"]
+    assert spec.source["data"] == [str(world / "shards")] * 2
+    assert spec.source["data_digest"][0] == spec.source["data_digest"][1]
     assert spec.source["packages"]["torch"].startswith("2.")
     assert result["registered"]["version"] == "1"
     assert_run_has_the_numbers(tracked["uri"], result["run_id"])
 
     assert train.run(wanted) == result
     with pytest.raises(ConfigError, match="seed: begun with 0, now 1"):
-        train.run(config(world, tmp_path / "model", tracking=tracked, seed=1))
+        train.run(config(world, tmp_path / "model", tracking=tracked, seed=1, data=[wanted.data[0].uri, hips]))
+    with pytest.raises(ConfigError, match=r"sets: begun with .*\"weight\": 0.5"):
+        train.run(config(world, tmp_path / "model", tracking=tracked, data=[wanted.data[0].uri, hips | {"weight": 2}]))
 
 
 def assert_run_has_the_numbers(uri: str, run_id: str) -> None:
