@@ -18,7 +18,7 @@ from typing import Any
 
 from jobs.promote import open_frozen_set, promote, refuse_unpromotable
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
-from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
+from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import samples, storage, tracking
 from pipeline.config import DataConfig, TrainConfig, locations
@@ -143,7 +143,7 @@ def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingS
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
-        "optimiser", "loss", "augmentation", "validate_every", "validate_persons"})
+        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -160,7 +160,9 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], s
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
     intent = _intent(config, job, sets)
-    schedule_of(config, world=1)  # refuses a warm-up that doesn't end
+    schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
+    assert sets[0].dataset.skeleton is not None
+    augmentation_of(config, sets[0].dataset.skeleton)  # refuses joints that aren't the data's
     _refuse_too_many_workers(intent["workers"], sets, config)
     if job is not None:
         _refuse_other_run(config, job, inputs, intent)
@@ -196,8 +198,8 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale",
-             "compile", "sync_batch_norm")
+    names = ("network", "optimiser", "loss", "augmentation", "inference", "workers", "precision", "trunk", "init",
+             "heatmap_scale", "compile", "sync_batch_norm")
     recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],

@@ -1,5 +1,6 @@
 """`train` as a whole: two workers that train, validate and put a model; the same command again; refusals."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jobs import annotate, evaluate, shard, train
 from pipeline import storage
 from pipeline.config import AnnotateConfig, EvaluateConfig, ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
+from pipeline.model.decode import Decoding
 from pipeline.model.directory import load_model, model_digest
 from pipeline.tracking import registered_version
 from tests.s3 import S3Server
@@ -28,9 +30,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     return folder
 
 
-def config(world: Path, output: Path | str, **settings: Any) -> TrainConfig:
+def config(world: Path, output: Path | str, *, files: Sequence[str] = (), **settings: Any) -> TrainConfig:
     optimiser = {"iterations": 4, "warmup_iterations": 1, "batch_size_per_worker": 4}
-    return load_config(TrainConfig, flags={
+    return load_config(TrainConfig, files=files, flags={
         "data": str(world / "shards"), "val": str(world / "shards"), "output": str(output), "workers": 2,
         "validate_every": 2, "threads": 1, "network": TINY, "optimiser": optimiser,
         "tracking": NO_TRACKING.model_dump(), **settings})
@@ -103,6 +105,32 @@ def assert_evaluate_says_the_same(world: Path, folder: Path, evaluation: dict[st
                                               annotations=str(world / "annotations.json")))
     assert {"ap", "ap50", "ar", "pck"} <= evaluation.keys()
     assert evaluation == {name: numbers[name] for name in evaluation}
+
+
+def test_mmposes_recipe_makes_a_model_that_is_cropped_and_decoded_as_mmposes(world: Path, tmp_path: Path) -> None:
+    optimiser = {"iterations": 3, "warmup_iterations": 1, "decay_at": [2], "batch_size_per_worker": 4}
+    mmpose = [str(Path(train.__file__).with_name("train_mmpose.yaml"))]
+    wanted = config(world, tmp_path / "model", files=mmpose, workers=1, validate_every=3, optimiser=optimiser)
+    result = train.run(wanted)
+
+    _, spec = load_model(tmp_path / "model")
+    assert (spec.colour, spec.mean) == ("RGB", (0.485, 0.456, 0.406))
+    assert (spec.box_padding_wh, spec.decoding) == ((1.25, 1.25), Decoding(variant="mmpose", blur_kernel=5))
+    assert spec.source["recipe"]["inference"]["decoding"] == "mmpose"
+    assert spec.source["recipe"]["loss"] == {"ohkm_joints": 8, "occluded": "supervise", "target_peak": "joint"}
+    assert spec.source["recipe"]["optimiser"]["decay_at"] == [2]
+    assert (result["iterations"], result["samples"]) == (3, 12)
+
+    assert train.run(wanted) == result
+    with pytest.raises(ConfigError, match=r'inference: begun with .*"RGB".*, now (null|.*"BGR")'):
+        train.run(config(world, tmp_path / "model", files=mmpose, workers=1, validate_every=3, optimiser=optimiser,
+                         inference={}))
+
+
+def test_joints_that_the_data_do_not_have_are_refused_before_anything_is_kept(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="half_body_upper names left_elbo, but the data have"):
+        train.run(config(world, tmp_path / "model", augmentation={"half_body_upper": ["left_elbo"]}))
+    assert not (tmp_path / "model" / "_job.json").exists()
 
 
 @pytest.mark.slow
