@@ -17,7 +17,11 @@ from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import promotion, tracking
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.model.directory import load_model
+from pipeline.model.inference import CUDA, cpu_backend
 from pipeline.model_reference import FILES, download_model
+from pipeline.pose.skeleton import Skeleton
+from pipeline.prediction import Predictor
 from pipeline.promotion import Promotion, PromotionRefused
 from pipeline.shards import ShardDataset, open_shards
 from pipeline.tracking import RegisteredVersion
@@ -166,11 +170,8 @@ def _champions_directory(champion: RegisteredVersion, alias: str, settings: Trac
     return directory
 
 
-def _loaded_skeleton(directory: Path, version: RegisteredVersion) -> Any:
+def _loaded_skeleton(directory: Path, version: RegisteredVersion) -> Skeleton:
     """The joints of a model directory that loads as a whole."""
-    from pipeline.model.directory import load_model
-    from pipeline.pose.skeleton import Skeleton
-
     try:
         return Skeleton.from_json(load_model(directory)[1].skeleton)
     except DataError as error:
@@ -238,8 +239,9 @@ def _measure(models: Sequence[Path], data: ShardDataset, rules: PromotionConfig)
         refuse_unshared(inputs=[data.uri], outputs=[])
         began = last = time.monotonic()
         persons = len(models) * sum(int(part.counts["persons"]) for part in data.parts)
-        logger.info("measuring %d models on %s version %d: %d shards, up to %d persons in all; the first shard will "
-                    "tell how long that takes", len(models), data.uri, data.version, len(data.parts), persons)
+        logger.info("measuring the model%s on %s version %d: %d shards, up to %d persons in all; the first shard will "
+                    "tell how long that takes", " and the champion" if len(models) > 1 else "", data.uri, data.version,
+                    len(data.parts), persons)
         for done, of_shard in enumerate(_validated_shards(models, data, rules), start=1):
             for mine, new in zip(pictures, of_shard, strict=True):
                 mine += new
@@ -259,19 +261,17 @@ def _validated_shards(models: Sequence[Path], data: ShardDataset,
     import ray
     from ray.util import ActorPool
 
-    from pipeline.model.inference import CUDA, cpu_backend
-
     gpus = num_gpus()
     threads = rules.threads or (1 if num_cpus() <= 4 else 4)  # as `annotate` has it
-    actors = rules.actors or gpus or max(1, num_cpus() // threads)
+    actors = gpus or max(1, num_cpus() // threads)
     measurement = ray.put(Measurement(
         [{name: (directory / name).read_bytes() for name in FILES} for directory in models],
         dataclasses.replace(data, json={}), CUDA if gpus else cpu_backend(), rules.precision, threads))
     remote = ray.remote(num_cpus=1 if gpus else threads, num_gpus=1 if gpus else 0, max_restarts=ACTOR_RESTARTS,
                         max_task_retries=ACTOR_RESTARTS)(ModelValidator)
-    pool: Any = ActorPool([remote.remote(measurement) for _ in range(min(actors, len(data.parts)))])
+    pool: Any = ActorPool([remote.remote() for _ in range(min(actors, len(data.parts)))])
     try:
-        yield from pool.map(lambda actor, part: actor.validate.remote(part), range(len(data.parts)))
+        yield from pool.map(lambda actor, part: actor.validate.remote(measurement, part), range(len(data.parts)))
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     except ray.exceptions.RayError as error:
@@ -279,19 +279,21 @@ def _validated_shards(models: Sequence[Path], data: ShardDataset,
 
 
 class ModelValidator:
-    """Some models, loaded in an actor of its own."""
+    """Some models, loaded in an actor of its own by its first shard: a restarted actor loads them again."""
 
-    def __init__(self, measurement: Measurement) -> None:
-        from pipeline.prediction import Predictor
+    def __init__(self) -> None:
+        self.predictors: list[Predictor] = []
 
-        self.data, self.predictors = measurement.data, []
-        for files in measurement.models:
-            with tempfile.TemporaryDirectory() as folder:
-                for name, content in files.items():
-                    Path(folder, name).write_bytes(content)
-                self.predictors.append(Predictor(Path(folder), backend=measurement.backend, threads=measurement.threads,
-                                                 precision=measurement.precision))
-
-    def validate(self, part: int) -> list[list[ValidatedPicture]]:
+    def validate(self, measurement: Measurement, part: int) -> list[list[ValidatedPicture]]:
         """One shard's annotated pictures, as each model predicts them."""
-        return [validate_part(self.data, self.data.parts[part], predictor) for predictor in self.predictors]
+        self.predictors = self.predictors or [_predictor(files, measurement) for files in measurement.models]
+        data = measurement.data
+        return [validate_part(data, data.parts[part], predictor) for predictor in self.predictors]
+
+
+def _predictor(files: Mapping[str, bytes], measurement: Measurement) -> Predictor:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        return Predictor(Path(folder), backend=measurement.backend, precision=measurement.precision,
+                         threads=measurement.threads)

@@ -174,7 +174,6 @@ class PromotionConfig(Settings):
     tolerance: float = Field(0.005, ge=0, le=1, description="AP may be lower by so much than the alias's present model")
     precision: Literal["float32", "bfloat16"] = "float32"
     threads: int | None = Field(None, ge=1, description="of each actor that evaluates on CPUs")
-    actors: int | None = Field(None, ge=1, description="that evaluate; default: what GPUs or cores there are for it")
 
 
 class DataConfig(Settings):

@@ -47,8 +47,9 @@ def validate_inline(models: Sequence[Path], data: ShardDataset,
                     rules: PromotionConfig) -> Iterator[list[list[ValidatedPicture]]]:
     """_validated_shards without Ray: an actor is an object."""
     files = [{name: (directory / name).read_bytes() for name in FILES} for directory in models]
-    validator = promote.ModelValidator(promote.Measurement(files, data, inference.CPU, rules.precision, threads=1))
-    return map(validator.validate, range(len(data.parts)))
+    measurement = promote.Measurement(files, data, inference.CPU, rules.precision, threads=1)
+    validator = promote.ModelValidator()
+    return (validator.validate(measurement, part) for part in range(len(data.parts)))
 
 
 # (module, name in it, what stands there instead)
