@@ -1,8 +1,10 @@
 """A rank's samples: Ray tasks decode a picture once, cut out all its persons, and hand over uint8 crops and joints."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jobs.train_task import TrainTask, Worker, augmentation_of
 from pipeline import samples
@@ -14,6 +16,7 @@ TASKS_AHEAD = 1000  # planned at once: half a million samples; each is a small o
 MAX_FEEDERS = 8  # tasks for each rank at once: about 4,000 samples/s
 PREFETCH_BLOCKS = 4
 STORE_BYTES = 1 << 30  # of Ray's object store for each rank: 7,000 crops
+LOOP_PAUSE_S = 0.02  # a block holds 64 samples: this bounds a rank to some thousand samples/s
 
 
 def sample_batches(worker: Worker) -> Iterator[Arrays]:
@@ -43,6 +46,7 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_pausing_callback()]
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
     rows = ray.data.from_items([{"turns": samples.turns_text(group)} for group in groups],
                                override_num_blocks=len(groups))
@@ -53,6 +57,21 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
                             fn_kwargs={"data": replace(one.dataset, json={}),
                                        "recipe": replace(recipe_of(worker.task, worker.spec), joints=one.joints)})
     yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
+
+
+def _pausing_callback() -> Any:
+    """Let Ray Data's loop, a thread of this process, sleep a little each time round.
+
+    It waits for whichever task has a block, and so for nothing while blocks wait for the network: it then takes nearly
+    a whole core, and the interpreter's lock from the thread that trains.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pause(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(LOOP_PAUSE_S)
+
+    return Pause
 
 
 def _num_feeders(worker: Worker) -> int:
