@@ -14,7 +14,7 @@ from pipeline.model.sync_batch_norm import SynchronisedBatchNorm2d, synchronise_
 from pipeline.model.targets import draw_targets
 
 WORLD = 2
-CONFIG = MSPNConfig(num_joints=17, num_stages=2, input_size_wh=(64, 64), blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
+CONFIG = MSPNConfig(num_joints=17, num_stages=1, input_size_wh=(64, 64), blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
                     stem_channels=4, upsample_channels=8)
 
 
