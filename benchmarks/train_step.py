@@ -3,7 +3,9 @@
     python -m benchmarks.train_step [--network small|resnet50] [--stages N] [--batch N] [--only NAMES] [--output FILE]
 
 Random samples at 256x192, on a GPU if there is one. Each way has processes of its own, so that its memory is its own;
-they take turns, so that a busy machine is busy for all of them, and medians are told. Memory is that of one worker:
+they take turns, so that a busy machine is busy for all of them, and medians are told. Times: samples/s over plain's in
+the same round; processor: the seconds of all its threads for a sample, against plain's, which hardly depends on what
+else the machine does. Memory is that of one worker:
 on a CPU the growth of its resident size from before the network was made to its peak in the steps that are timed, what
 the compiler leaves in the process included; on a GPU torch.cuda.max_memory_allocated. With two workers each has half
 of the threads and a whole batch; they aren't measured where they would share a GPU.
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from pipeline.pose.skeleton import COCO17
 NETWORKS: dict[str, dict[str, Any]] = {
     "small": {"blocks": (1, 1, 1, 1), "widths": (16, 32, 64, 128), "stem_channels": 16, "upsample_channels": 32},
     "resnet50": {}}
+Answers = list[tuple[float, float]]  # of each process of a way; of steps: seconds, and the processor's seconds
 WARM_UP = 2  # steps; what compiles does it there
 
 
@@ -92,10 +96,10 @@ def main() -> int:
     network = MSPNConfig(num_joints=COCO17.num_joints, num_stages=options.stages, **NETWORKS[options.network])
     size = Size(network, options.batch, options.steps, options.threads)
     rows = measure(offered(options.only), size, options.repetitions)
-    print(f"{'way':28} {'samples/s':>9} {'times':>6} {'MB':>7} {'of plain':>8}")
+    print(f"{'way':28} {'samples/s':>9} {'times':>6} {'processor':>9} {'MB':>7} {'of plain':>8}")
     for row in rows:
-        print(f"{row['way']:28} {row['samples/s']:9.2f} {row['times']:6.2f} {row['bytes'] / 1e6:7.0f} "
-              f"{row['of_plain']:8.2f}")
+        print(f"{row['way']:28} {row['samples/s']:9.2f} {row['times']:6.2f} {row['processor']:9.2f} "
+              f"{row['bytes'] / 1e6:7.0f} {row['of_plain']:8.2f}")
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1))
     return 0
@@ -114,18 +118,27 @@ def offered(only: str | None) -> list[Way]:
 
 
 def measure(ways: list[Way], size: Size, repetitions: int) -> list[dict[str, Any]]:
-    """A row for each way. The plain one's time in the same round is what each time is compared with."""
+    """A row for each way."""
     with tempfile.TemporaryDirectory() as folder:
         groups = [open_group(way, size, Path(folder, f"meeting-{index}")) for index, way in enumerate(ways)]
-        rounds = [[max(ask(group, "step")) for group in groups] for _ in range(repetitions)]
-        memory = [max(ask(group, "memory")) for group in groups]
+        rounds = [[ask(group, "step") for group in groups] for _ in range(repetitions)]
+        memory = [max(used for used, _ in ask(group, "memory")) for group in groups]
         for group in groups:
             ask(group, "end")
-    return [{"way": way.name, "samples/s": way.workers * size.batch * size.steps / statistics.median(seconds),
-             "times": statistics.median(way.workers * first / own for first, own in
-                                        zip((each[0] for each in rounds), seconds, strict=True)),
-             "bytes": used, "of_plain": used / memory[0], "device": device_of(0).type}
-            for way, seconds, used in zip(ways, zip(*rounds, strict=True), memory, strict=True)]
+    plain = [each[0] for each in rounds]
+    return [describe(way, size, list(own), plain) | {"bytes": used, "of_plain": used / memory[0]}
+            for way, own, used in zip(ways, zip(*rounds, strict=True), memory, strict=True)]
+
+
+def describe(way: Way, size: Size, own: list[Answers], plain: list[Answers]) -> dict[str, Any]:
+    """A row's speed: medians over the rounds, each compared with the plain way's in the same round."""
+    wall = [max(each for each, _ in answers) / way.workers for answers in own]
+    busy = [sum(each for _, each in answers) / way.workers for answers in own]
+    plain_wall, plain_busy = zip(*(answers[0] for answers in plain), strict=True)
+    return {"way": way.name, "device": device_of(0).type,
+            "samples/s": size.batch * size.steps / statistics.median(wall),
+            "times": statistics.median(map(truediv, plain_wall, wall)),
+            "processor": statistics.median(map(truediv, busy, plain_busy))}
 
 
 def open_group(way: Way, size: Size, meeting: Path) -> list[Connection]:
@@ -145,11 +158,11 @@ def open_group(way: Way, size: Size, meeting: Path) -> list[Connection]:
     return group
 
 
-def ask(group: list[Connection], what: str) -> list[float]:
+def ask(group: list[Connection], what: str) -> Answers:
     """Each process's answer; they work at the same time."""
     for connection in group:
         connection.send(what)
-    return [float(connection.recv()) for connection in group]
+    return [connection.recv() for connection in group]
 
 
 # --- a process ----------------------------------------------------------------------------------------------------
@@ -168,8 +181,8 @@ def _work(way: Way, size: Size, rank: int, meeting: Path, asked: Connection) -> 
     forget_peak(device)
     asked.send(None)
     while (what := asked.recv()) != "end":
-        asked.send(timed(step, size.steps, device) if what == "step" else memory_of(device)[1] - before)
-    asked.send(0.0)
+        asked.send(timed(step, size.steps, device) if what == "step" else (memory_of(device)[1] - before, 0.0))
+    asked.send((0.0, 0.0))
 
 
 def device_of(rank: int) -> torch.device:
@@ -214,14 +227,14 @@ def random_batch(size: Size, device: torch.device) -> training.TrainingBatch:
         torch.randint(0, 3, (size.batch, joints)).to(device), torch.arange(size.batch).to(device))
 
 
-def timed(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Seconds for so many steps."""
-    began = time.perf_counter()
+def timed(step: Callable[[], object], count: int, device: torch.device) -> tuple[float, float]:
+    """Seconds for so many steps, and the processor's seconds of all threads."""
+    began, began_busy = time.perf_counter(), time.process_time()
     for _ in range(count):
         step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - began_busy
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:

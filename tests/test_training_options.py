@@ -233,6 +233,17 @@ def test_a_compiled_forward_trains_as_the_plain_one_to_rounding() -> None:
         torch.testing.assert_close(compiled.get_buffer(name), buffer, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(why_not_compile() is not None, reason="needs what torch.compile needs")
+def test_two_processes_with_a_compiled_forward_step_as_two_without(tmp_path: Path) -> None:
+    first, second = gloo_ranks.compiled_ranks(tmp_path)
+    weights = [name for name, _ in gloo_ranks.new_network().named_parameters()]
+    assert_same_bits({name: first["compiled"][name] for name in weights},
+                     {name: second["compiled"][name] for name in weights})
+    for name, tensor in first["plain"].items():
+        torch.testing.assert_close(first["compiled"][name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_a_machine_without_a_compiler_says_so_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
