@@ -1,5 +1,6 @@
-"""Two processes of torch.distributed on one machine, each with half of a batch: what tests compare with one process."""
+"""Two processes of torch.distributed on one machine, each with its own samples: what tests compare with one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,18 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline import training
+from pipeline.model.compiling import compile_forward
+from pipeline.model.directory import ModelSpec
 from pipeline.model.loss import mspn_loss
 from pipeline.model.mspn import MSPN, MSPNConfig
 from pipeline.model.recompute import recompute_activations
 from pipeline.model.sync_batch_norm import SynchronisedBatchNorm2d, synchronise_batch_norms
 from pipeline.model.targets import draw_targets
+from pipeline.pose.skeleton import COCO17
 
 WORLD = 2
-CONFIG = MSPNConfig(num_joints=17, num_stages=2, input_size_wh=(64, 64), blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
+CONFIG = MSPNConfig(num_joints=17, num_stages=1, input_size_wh=(64, 64), blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
                     stem_channels=4, upsample_channels=8)
 
 
@@ -42,23 +47,62 @@ def one_pass(network: torch.nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> 
             "gradients": {name: each.grad for name, each in plain.named_parameters()}, "state": plain.state_dict()}
 
 
+def norm_of(x: Tensor, norm: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What the norm gives out for x, and the gradient of x where those of the output are its squares."""
+    x = x.detach().requires_grad_()
+    y = norm(x)
+    (y.float() ** 3 / 3).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
 def synchronised_ranks(folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks with synchronised batch norms had from its half: `one_pass`, plain and recomputed."""
-    multiprocessing.spawn(_rank, args=(str(folder),), nprocs=WORLD)
+    return _on_ranks(_synchronised, folder)
+
+
+def compiled_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What each of two ranks has after a step in two pieces, in float32: `state_dict`, plain and compiled."""
+    return _on_ranks(_compiled, folder)
+
+
+def _on_ranks(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    multiprocessing.spawn(_rank, args=(work, str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, work: Callable[[int], dict[str, Any]], folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    torch.save(work(rank), Path(folder, f"rank-{rank}.pt"))
+    distributed.destroy_process_group()
+
+
+def _synchronised(rank: int) -> dict[str, Any]:
     mine = tuple(each.chunk(WORLD)[rank] for each in whole_batch())
-    found = {}
+    found: dict[str, Any] = {}
     for way, recomputed in (("plain", False), ("recomputed", True)):
         network = new_network()
         synchronise_batch_norms(network)
         if recomputed:
             recompute_activations(network)
         found[way] = one_pass(DistributedDataParallel(network, forward_sync_buffers=False), mine)
-    found["bfloat16"] = SynchronisedBatchNorm2d(3)(mine[0].bfloat16()).detach()
-    torch.save(found, Path(folder, f"rank-{rank}.pt"))
-    distributed.destroy_process_group()
+    return found | {"bfloat16": norm_of(mine[0].bfloat16(), SynchronisedBatchNorm2d(3))}
+
+
+def _compiled(rank: int) -> dict[str, Any]:
+    chance = torch.Generator().manual_seed(rank)
+    batch = training.TrainingBatch(
+        torch.randint(0, 256, (4, 64, 64, 3), generator=chance, dtype=torch.uint8),
+        torch.rand((4, 17, 2), generator=chance) * 63, torch.randint(0, 3, (4, 17), generator=chance), torch.arange(4))
+    found = {}
+    for way in ("plain", "compiled"):
+        network = new_network().float()
+        wrapped = DistributedDataParallel(network, forward_sync_buffers=False)
+        if way == "compiled":
+            compile_forward(wrapped, "default")
+        training.train_step(wrapped, torch.optim.SGD(network.parameters()), batch, iteration=1, rate=1e-4,
+                            spec=ModelSpec(network=CONFIG, skeleton=COCO17.to_json()), ohkm_joints=8,
+                            occluded="suppress", accumulate=2)
+        found[way] = network.state_dict()
+    return found

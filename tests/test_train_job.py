@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import annotate, evaluate, shard, train
 from pipeline import storage
@@ -175,6 +176,30 @@ def test_more_workers_than_shards_are_refused_before_anything_starts(world: Path
     with pytest.raises(ConfigError, match="50 workers need at least as many shards"):
         train.run(config(world, tmp_path / "model", workers=50))
     assert not (tmp_path / "model" / "_job.json").exists()
+
+
+@pytest.mark.slow
+def test_two_workers_train_with_all_options_at_once_and_the_average_becomes_the_model(
+        world: Path, tmp_path: Path) -> None:
+    optimiser = {"iterations": 4, "warmup_iterations": 1, "batch_size_per_worker": 4, "accumulate": 2,
+                 "clip_norm": 1.0, "ema_decay": 0.9}
+    tracked = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db").model_dump()
+    result = train.run(config(world, tmp_path / "model", optimiser=optimiser, tracking=tracked, sync_batch_norm=True,
+                              checkpoint_activations=True))
+
+    network, spec = load_model(tmp_path / "model")
+    state = torch.load(tmp_path / "model" / "_checkpoints" / "iteration-0000004" / "state.pt", weights_only=True)
+    assert state["average"]["updates"] == 4
+    assert same_weights(network.state_dict(), state["average"]["network"])
+    assert not same_weights(network.state_dict(), state["network"])
+    assert (spec.source["recipe"]["optimiser"]["clip_norm"], spec.source["recipe"]["sync_batch_norm"]) == (1.0, True)
+    from mlflow import MlflowClient
+
+    assert "gradient_norm" in MlflowClient(tracked["uri"]).get_run(result["run_id"]).data.metrics
+
+
+def same_weights(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
 
 
 @pytest.mark.slow
