@@ -1,8 +1,8 @@
 """A shard dataset -> a model directory, by Ray Train: freeze, train on every worker, validate, put the model, register.
 
 Each worker is fed by its own Ray Data pipeline, which decodes a picture once, cuts its persons out, and hands over
-uint8 crops and joints. Ray Train keeps checkpoints under `<output>/_checkpoints`; the same command goes on from the
-last one, whatever ended the run before. `model.json`, put last, makes the output a model directory.
+uint8 crops and joints. Checkpoints lie under `<output>/_checkpoints`; the same command goes on from the last one,
+whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ from typing import Any
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
 from jobs.train_worker import train_worker
-from pipeline import samples, storage, tracking
+from pipeline import checkpoints, samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
@@ -26,8 +26,8 @@ from pipeline.shards import ShardDataset, open_shards
 from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
 
 logger = logging.getLogger("jobs.train")
-CHECKPOINTS = "_checkpoints"
-MAX_FAILURES = 3  # of worker groups; each restart costs some 20 s and what came after the last checkpoint
+RAY_TRAIN = "_ray_train"  # what Ray Train writes under the output: a marker by which workers prove that they see it
+MAX_FAILURES = 3  # of worker groups between checkpoints; each restart costs 20 s and what came after the last one
 WORKER_ENVIRONMENT = {
     # threads that spin while they wait starve each other on a busy machine: 1.0 samples/s became 5.7 with two of them
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -41,6 +41,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Train; says where the model is, how good it is, and under which name it was registered."""
     config = locations(config, "data", "output", "val", "trunk")
     config = config.model_copy(update={"tracking": tracking.located(config.tracking)})
+    if config.keep == "best" and config.val is None:
+        raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
+                          "keep=last.")
     for uri in filter(None, (config.data, config.val)):
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
@@ -97,6 +100,8 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
         intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
+    if config.keep != "last":  # a run that was begun before the setting existed has the default
+        intent["keep"] = config.keep
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
     return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
@@ -169,7 +174,28 @@ def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
 
 
 def _fit(task: TrainTask) -> None:
-    """Run Ray Train to the end of the schedule, from its last checkpoint under this output if there is one."""
+    """Run Ray Train to the end of the schedule, from the output's last checkpoint if there is one.
+
+    Who trains on spot machines loses more than a few of them: failures count only until the next checkpoint.
+    """
+    import ray.train
+
+    while True:
+        begun_from = checkpoints.list_checkpoints(task.config.output)
+        try:
+            answer = _trainer(task).fit().return_value
+            break
+        except ray.train.TrainingFailedError as error:
+            reached = checkpoints.list_checkpoints(task.config.output)
+            if reached[-1:] == begun_from[-1:]:
+                raise _plain(error) from None
+            logger.warning("the workers failed %d times, but got on to iteration %d: training goes on from there",
+                           MAX_FAILURES + 1, reached[-1].iteration)
+    if answer is not None:
+        raise DataError(answer)
+
+
+def _trainer(task: TrainTask) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -180,23 +206,15 @@ def _fit(task: TrainTask) -> None:
         logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: training waits until "
                        "there are more", least, least + 1, cpus)
     filesystem, path = storage.arrow_filesystem(task.config.output)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker, train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=use_gpu),
-        # the same name at the same place: Ray Train finds its own last checkpoint there
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS, storage_path=path, storage_filesystem=filesystem,
+            name=RAY_TRAIN, storage_path=path, storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=task.config.keep_checkpoints),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             logging_config=ray.train.LoggingConfig(log_level="WARNING")))
-    try:
-        answer = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise _plain(error) from None
-    if answer is not None:
-        raise DataError(answer)
 
 
 def _plain(error: Exception) -> Exception:
@@ -207,8 +225,8 @@ def _plain(error: Exception) -> Exception:
             if isinstance(cause, ConfigError | DataError | OSError):
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
-    return OSError(f"training failed {MAX_FAILURES + 1} times; its checkpoints stay, and the same command goes on from "
-                   f"the last one. {error}")
+    return OSError(f"training failed {MAX_FAILURES + 1} times without another checkpoint; those that there are stay, "
+                   f"and the same command goes on from the last one. {error}")
 
 
 def _result(config: TrainConfig) -> dict[str, Any]:
@@ -219,7 +237,8 @@ def _result(config: TrainConfig) -> dict[str, Any]:
         registered = _register(config, directory, spec) if config.register_as else None
     source = spec.source
     return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
-            "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "model_digest": digest,
+            "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "best": source.get("best"),
+            "model_digest": digest,
             "run_id": source["run_id"], "registered": registered}
 
 

@@ -1,20 +1,19 @@
 """What a rank begins with: the network as the settings want it, its optimiser, and the last checkpoint's state."""
 
 import io
-import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
 
-from jobs.train_task import INIT_FOLDER, STATE_FILE, TrainTask, Worker
+from jobs.train_checkpoints import restore
+from jobs.train_task import INIT_FOLDER, TrainTask, Worker
 from pipeline import storage, training
 from pipeline.errors import ConfigError
 from pipeline.model.directory import ModelSpec, load_model
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model_reference import download_model
-
-logger = logging.getLogger("jobs.train")
 
 
 def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
@@ -25,13 +24,20 @@ def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     # half as fast again on CPUs
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
-    state = _restore(network, optimiser) or training.TrainingState(0, (0,) * world)
-    if rank == 0 and state.iteration:
-        logger.info("going on after iteration %d", state.iteration)
-    # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-    wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
+    state = restore(task, network, optimiser, rank=rank, world=world) or training.TrainingState(0, (0,) * world)
+    wrapped = network if world == 1 else _averaging(network)
     return Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
                   training.position_of(state, rank=rank, world=world))
+
+
+def _averaging(network: MSPN) -> torch.nn.Module:
+    """The network in a wrapper that averages gradients over the ranks, in the same order of sums after any restart."""
+    # Without unused parameters, the wrapper would order its buckets anew after its first iteration, by the gradients'
+    # arrival. From three ranks on a sum depends on a gradient's place in its bucket, so that a resumed run, in its own
+    # first iteration again, would leave the unbroken one's way. Looking for unused ones keeps the first order.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
+    return torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=True)
 
 
 def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
@@ -61,13 +67,3 @@ def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]
                           f"but asked for is {asked} for those of {task.data.skeleton.name}. Leave `network` out, or "
                           "begin from another model.")
     return network, spec
-
-
-def _restore(network: MSPN, optimiser: torch.optim.Optimizer) -> training.TrainingState | None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return training.load_state(Path(folder, STATE_FILE).read_bytes(), network, optimiser)

@@ -12,7 +12,6 @@ from pipeline.model.mspn import MSPN
 from pipeline.shards import ShardDataset
 
 INIT_FOLDER = "_init"
-STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,11 @@ def broken_off_after_two(settings: dict[str, Any]) -> None:
 
     keep = train_worker._keep
 
-    def keep_and_fail(worker: Any, evaluation: dict[str, float]) -> None:
-        keep(worker, evaluation)
+    def keep_and_fail(*given: Any) -> None:
+        keep(*given)
         raise OSError("broken off")
 
-    train_worker._keep = keep_and_fail
+    train_worker._keep = keep_and_fail  # type: ignore[assignment]
     train_worker.train_worker(settings)
 
 
