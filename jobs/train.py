@@ -20,6 +20,7 @@ from jobs.train_worker import train_worker
 from pipeline import checkpoints, samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
 from pipeline.shards import ShardDataset, open_shards
@@ -55,6 +56,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(storage.join(config.output, SPEC_FILE)):
         _refuse_other_model(config, job, inputs, data)
         logger.info("%s holds the finished model; nothing was trained", config.output)
+        _send_unsent(config, job)
     else:
         if job is None:
             storage.prove_put_if_absent(config.output)
@@ -227,6 +229,21 @@ def _plain(error: Exception) -> Exception:
             cause = getattr(cause, "cause", None) or cause.__cause__
     return OSError(f"training failed {MAX_FAILURES + 1} times without another checkpoint; those that there are stay, "
                    f"and the same command goes on from the last one. {error}")
+
+
+def _send_unsent(config: TrainConfig, job: FrozenJob | None) -> None:
+    """Give MLflow what it lacks of a run at whose end it couldn't be reached; a warning where it still can't."""
+    unsent = stored_metrics(config.output)
+    if not unsent or job is None or not config.tracking.enabled:
+        return
+    try:
+        with tracking.open_run(config.tracking, name="train", run_id=job.about["run_id"], ends=True) as run:
+            run.log_later(unsent)
+            run.flush(now=True)
+    except tracking.TrackingError as error:
+        logger.warning("%d metrics of the run stay beside the output: %s", len(unsent), error)
+        return
+    store_waiting(config.output, run.waiting_metrics())
 
 
 def _result(config: TrainConfig) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import io
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -25,19 +24,29 @@ def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
     state = restore(task, network, optimiser, rank=rank, world=world) or training.TrainingState(0, (0,) * world)
-    wrapped = network if world == 1 else _averaging(network)
+    wrapped = network if world == 1 else averaging(network)
     return Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
                   training.position_of(state, rank=rank, world=world))
 
 
-def _averaging(network: MSPN) -> torch.nn.Module:
-    """The network in a wrapper that averages gradients over the ranks, in the same order of sums after any restart."""
-    # Without unused parameters, the wrapper would order its buckets anew after its first iteration, by the gradients'
-    # arrival. From three ranks on a sum depends on a gradient's place in its bucket, so that a resumed run, in its own
-    # first iteration again, would leave the unbroken one's way. Looking for unused ones keeps the first order.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+def averaging(network: MSPN) -> torch.nn.Module:
+    """The network in a wrapper that averages gradients over the ranks, adding them up alike after every restart.
+
+    The wrapper lays its buckets out anew after the first backward pass, in the order in which gradients came. From
+    three ranks on, a sum's rounding depends on where in a bucket a gradient lies, so that a run that goes on, whose
+    first pass is another one, would leave the unbroken one's way. A rehearsal comes before either's first iteration.
+    """
     # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-    return torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False, find_unused_parameters=True)
+    wrapped = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    width, height = network.config.input_size_wh
+    images = torch.zeros((2, 3, height, width), device=next(network.parameters()).device)
+    sum(heatmaps.sum() for stage in wrapped(images) for heatmaps in stage).backward()
+    network.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in zip(network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return wrapped
 
 
 def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jobs.train_task import TrainTask, Worker, gather, schedule_of
 from pipeline import checkpoints, samples, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.model.directory import add_to_source, save_model
 from pipeline.model_reference import FILES, download_model, put_model
 from pipeline.samples import Arrays
@@ -45,7 +46,17 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     failure = None
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
+    where = _store_unsent(worker, run)
+    if where:
+        logger.warning("what MLflow lacks is in %s; the same command sends it once MLflow is back", where)
     return failure
+
+
+def _store_unsent(worker: Worker, run: tracking.Run) -> str | None:
+    """Keep beside the output what MLflow doesn't have; a later worker, or the same command, sends it."""
+    if run.run_id is None:
+        return None
+    return store_waiting(worker.task.config.output, run.waiting_metrics())
 
 
 def _train(worker: Worker, run: tracking.Run) -> str | None:
@@ -66,6 +77,7 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
             evaluation = validate(worker, run)
             if failure := _keep(worker, evaluation, keeper):
                 return failure
+            _store_unsent(worker, run)
             progress.restart()
     if worker.task.val is not None and not evaluation:
         evaluation = validate(worker, run)
@@ -167,9 +179,13 @@ def _threads() -> int:
     return max(1, (os.cpu_count() or 1) // int(ray.train.get_context().get_local_world_size()))
 
 
-def _worker_run(task: TrainTask, rank: int) -> contextlib.AbstractContextManager[tracking.Run]:
-    """The driver's run, continued by rank 0; the others keep nothing."""
+@contextlib.contextmanager
+def _worker_run(task: TrainTask, rank: int) -> Iterator[tracking.Run]:
+    """The driver's run, continued by rank 0, also while MLflow doesn't answer; the others keep nothing."""
     settings = task.config.tracking
     if rank != 0 or task.run_id is None:
         settings = settings.model_copy(update={"enabled": False})
-    return tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True)
+    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False) as run:
+        if run.run_id is not None:
+            run.log_later(stored_metrics(task.config.output))
+        yield run
