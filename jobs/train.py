@@ -263,8 +263,12 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     marker = storage.join(config.output, f"_registered-{config.register_as}.json")
     if storage.exists(marker):
         return dict(json.loads(storage.read_object(marker)))
-    registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
-                                                   run_id=spec.source["run_id"], alias=config.alias)
+    try:
+        registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
+                                                       run_id=spec.source["run_id"], alias=config.alias)
+    except tracking.TrackingError as error:
+        raise tracking.TrackingError(f"The model is whole, at {config.output}, but not registered: {error} The same "
+                                     "command registers it once MLflow answers; nothing is trained again.") from None
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
 
