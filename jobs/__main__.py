@@ -22,12 +22,16 @@ from pipeline.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Job:
-    """One command: its module in `jobs`, its settings, and the flags that everyone gives (name -> help text)."""
+    """One command: its module in `jobs`, its settings, and the flags that everyone gives (name -> help text).
+
+    repeatable  flags that may be given more than once
+    """
 
     module: str
     settings: type[settings.Settings]
     summary: str
     flags: dict[str, str] = field(default_factory=dict)
+    repeatable: tuple[str, ...] = ()
 
 
 JOBS = {
@@ -41,11 +45,11 @@ JOBS = {
         "include": "only names that match this pattern, such as '*.jpg'",
         "limit": "only the first N pictures, by name"}),
     "train": Job("train", settings.TrainConfig, "a shard dataset -> a model directory", {
-        "data": "shard dataset to train on",
+        "data": "shard dataset to train on; repeatable: a URI or '{uri: URI, weight: 2}'; the first names the joints",
         "output": "where the model directory and its checkpoints go",
         "val": "shard dataset for the AP in the loop",
         "workers": "number of workers, or MIN:MAX",
-        "register": "name to register the model under in MLflow"}),
+        "register": "name to register the model under in MLflow"}, repeatable=("data",)),
     "annotate": Job("annotate", settings.AnnotateConfig, "pictures -> a keypoint dataset in Parquet", {
         "input": "shard dataset, prefix of pictures, or a Parquet/CSV list of URIs",
         "model": "model directory, runs:/... or models:/name@alias",
@@ -118,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
                               formatter_class=argparse.RawDescriptionHelpFormatter,
                               epilog="settings (--set name=value, or in --config):\n" + _defaults(job.settings))
         for flag, text in job.flags.items():
-            one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"))
+            one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"),
+                             action="append" if flag in job.repeatable else "store")
         one.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
         one.add_argument("--set", action="append", default=[], metavar="a.b=value", help="one setting; repeatable")
         one.add_argument("--result", metavar="URI", help="write the result there too, as JSON")

@@ -1,4 +1,4 @@
-"""A shard dataset -> a model directory, by Ray Train: freeze, train on every worker, validate, put the model, register.
+"""Shard datasets -> a model directory, by Ray Train: freeze, train on every worker, validate, put the model, register.
 
 Each worker is fed by its own Ray Data pipeline, which decodes a picture once, cuts its persons out, and hands over
 uint8 crops and joints. Checkpoints lie under `<output>/_checkpoints`; the same command goes on from the last one,
@@ -11,6 +11,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, samples, storage, tracking
-from pipeline.config import TrainConfig, locations
+from pipeline.config import DataConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
+from pipeline.mixture import TrainingSet, joint_indices, joints_text
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
 from pipeline.shards import ShardDataset, open_shards
@@ -45,25 +47,46 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if config.keep == "best" and config.val is None:
         raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
                           "keep=last.")
-    for uri in filter(None, (config.data, config.val)):
+    uris = [*(one.uri for one in config.data), *filter(None, [config.val])]
+    for uri in uris:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
-    pinned = {} if job is None or job.input["data"] != config.data else job.input
-    data = _open_data(config.data, pinned.get("data_version"))
-    val = None if config.val is None else _open_data(config.val, pinned.get("val_version"))
-    _refuse_other_joints(data, val)
-    inputs = _inputs(config, data, val)
+    sets, val = _open_inputs(config, {} if job is None else job.input)
+    inputs = _inputs(config, sets, val)
     if storage.exists(storage.join(config.output, SPEC_FILE)):
-        _refuse_other_model(config, job, inputs, data)
+        _refuse_other_model(config, job, inputs, sets)
         logger.info("%s holds the finished model; nothing was trained", config.output)
         _send_unsent(config, job)
     else:
         if job is None:
             storage.prove_put_if_absent(config.output)
         with start_ray():
-            refuse_unshared(inputs=filter(None, (config.data, config.val)), outputs=[config.output])
-            _train(config, job, inputs, data, val)
+            refuse_unshared(inputs=uris, outputs=[config.output])
+            _train(config, job, inputs, sets, val)
     return _result(config)
+
+
+def _open_inputs(config: TrainConfig, begun: dict[str, Any]) -> tuple[tuple[TrainingSet, ...], ShardDataset | None]:
+    """The datasets, at the versions with which the run began where it is the same run."""
+    uris = [one.uri for one in config.data]
+    pinned = begun if begun.get("data") == _one_or_all(uris) else {}
+    versions = pinned.get("data_version") or [None] * len(uris)
+    datasets = [_open_data(uri, version) for uri, version in
+                zip(uris, versions if isinstance(versions, list) else [versions], strict=True)]
+    sets = tuple(_training_set(one, dataset, datasets[0]) for one, dataset in zip(config.data, datasets, strict=True))
+    val = None if config.val is None else _open_data(config.val, pinned.get("val_version"))
+    _refuse_other_joints(datasets[0], val)
+    return sets, val
+
+
+def _training_set(one: DataConfig, dataset: ShardDataset, first: ShardDataset) -> TrainingSet:
+    assert first.skeleton is not None
+    assert dataset.skeleton is not None
+    joints = joint_indices(first.skeleton, dataset.skeleton, labelled=one.joints, uri=one.uri)
+    text = joints_text(first.skeleton, dataset.skeleton, joints)
+    if text:
+        logger.info("data %s: %s", one.uri, text)
+    return TrainingSet(dataset, one.weight, tuple(samples.trainable_counts(dataset)), joints)
 
 
 def _open_data(uri: str, version: int | None) -> ShardDataset:
@@ -79,25 +102,49 @@ def _refuse_other_joints(data: ShardDataset, val: ShardDataset | None) -> None:
                           f"{data.skeleton} and {val.skeleton}.")
 
 
-def _refuse_other_model(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], data: ShardDataset) -> None:
+def _refuse_other_model(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any],
+                        sets: Sequence[TrainingSet]) -> None:
     if job is None:
         raise ConfigError(f"{config.output} holds a model that was not trained there. Choose another --output.")
-    refuse_other_intent(job, config.output, input=inputs, intent=_intent(config, job, data))
+    _refuse_other_run(config, job, inputs, _intent(config, job, sets))
 
 
-def _inputs(config: TrainConfig, data: ShardDataset, val: ShardDataset | None) -> dict[str, Any]:
-    inputs = {"data": config.data, "data_version": data.version, "data_digest": samples.dataset_digest(data)}
+def _refuse_other_run(config: TrainConfig, job: FrozenJob, inputs: dict[str, Any], intent: dict[str, Any]) -> None:
+    defaults = TrainConfig.model_validate({"data": "-", "output": "-"}).model_dump(mode="json")
+    refuse_other_intent(job, config.output, input=inputs, intent=_as_it_began(intent, job.intent, defaults))
+
+
+def _as_it_began(intent: dict[str, Any], frozen: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The intent less settings that the program that began the run didn't have, where they have their defaults."""
+    known = {}
+    for name, value in intent.items():
+        if name not in frozen and value == defaults.get(name):
+            continue
+        nested = isinstance(value, dict) and isinstance(frozen.get(name), dict)
+        known[name] = _as_it_began(value, frozen[name], defaults.get(name, {})) if nested else value
+    return known
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """One dataset's value by itself, as runs on one dataset have always had it."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _inputs(config: TrainConfig, sets: Sequence[TrainingSet], val: ShardDataset | None) -> dict[str, Any]:
+    inputs = {"data": _one_or_all([one.dataset.uri for one in sets]),
+              "data_version": _one_or_all([one.dataset.version for one in sets]),
+              "data_digest": _one_or_all([samples.dataset_digest(one.dataset) for one in sets])}
     if val is None:
         return inputs | {"val": None}
     return inputs | {"val": config.val, "val_version": val.version, "val_digest": samples.dataset_digest(val)}
 
 
-def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> dict[str, Any]:
+def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingSet]) -> dict[str, Any]:
     """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
-        "workers", "seed", "precision", "trunk", "init", "heatmap_scale", "network", "optimiser", "loss",
-        "augmentation", "validate_every", "validate_persons"})
+        "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
+        "optimiser", "loss", "augmentation", "validate_every", "validate_persons"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -106,30 +153,34 @@ def _intent(config: TrainConfig, job: FrozenJob | None, data: ShardDataset) -> d
         intent["keep"] = config.keep
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
-    return intent | {"joints": list(data.skeleton.joints) if data.skeleton else []}
+    if any(one != DataConfig(uri=one.uri) for one in config.data):
+        intent["sets"] = [one.model_dump(mode="json", exclude={"uri"}) for one in config.data]
+    skeleton = sets[0].dataset.skeleton
+    return intent | {"joints": list(skeleton.joints) if skeleton else []}
 
 
-def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], data: ShardDataset,
+def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], sets: tuple[TrainingSet, ...],
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
-    intent = _intent(config, job, data)
-    counts = samples.trainable_counts(data)
+    intent = _intent(config, job, sets)
     schedule_of(config, world=1)  # refuses a warm-up that doesn't end
-    _refuse_too_many_workers(intent["workers"], counts, config)
+    _refuse_too_many_workers(intent["workers"], sets, config)
     if job is not None:
-        refuse_other_intent(job, config.output, input=inputs, intent=intent)
+        _refuse_other_run(config, job, inputs, intent)
     run_id = None if job is None else job.about["run_id"]
     with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
         if job is None:
             _put_initial_model(config)
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
-            refuse_other_intent(job, config.output, input=inputs, intent=intent)
+            _refuse_other_run(config, job, inputs, intent)
         _log_begin(run, config, job)
-        _fit(TrainTask(config, data, val, intent, counts, _source(config, job), job.about["run_id"]))
+        _fit(TrainTask(config, sets, val, intent, _source(config, job), job.about["run_id"]))
 
 
-def _refuse_too_many_workers(workers: str, counts: list[int], config: TrainConfig) -> None:
-    next(samples.rank_turns(counts, seed=config.seed, rank=0, world=_num_workers(workers)[1]))
+def _refuse_too_many_workers(workers: str, sets: Sequence[TrainingSet], config: TrainConfig) -> None:
+    for one in sets:
+        next(samples.rank_turns(one.counts, seed=config.seed, rank=0, world=_num_workers(workers)[1],
+                                uri=one.dataset.uri))
 
 
 def _num_workers(workers: str) -> tuple[int, int]:
@@ -148,8 +199,9 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale")
-    recipe = {name: job.intent[name] for name in names}
+    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale",
+             "compile", "sync_batch_norm")
+    recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
@@ -166,9 +218,12 @@ def _git_revision() -> str | None:
 
 
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
-    run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | job.intent)
+    data = [one.uri for one in config.data]
+    run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": _one_or_all(data)} | job.intent)
     run.set_tags({"job": job.digest, "output": config.output})
-    run.log_dataset("train", config.data, digest=job.input["data_digest"], context="training")
+    digests = job.input["data_digest"]
+    for number, (uri, digest) in enumerate(zip(data, digests if len(data) > 1 else [digests], strict=True), start=1):
+        run.log_dataset("train" if number == 1 else f"train_{number}", uri, digest=digest, context="training")
     if config.val is not None:
         run.log_dataset("val", config.val, digest=job.input["val_digest"], context="validation")
     if run.url:

@@ -10,6 +10,7 @@ import torch
 
 from jobs.train_task import TrainTask, Worker, gather
 from pipeline import checkpoints, storage, training
+from pipeline.averaging import WeightAverage
 from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.errors import DataError
 from pipeline.model.mspn import MSPN
@@ -18,9 +19,9 @@ logger = logging.getLogger("jobs.train")
 MAX_LOST = 3  # checkpoints in a row that couldn't be put: hours of work that a killed machine would take along
 
 
-def restore(task: TrainTask, network: MSPN, optimiser: torch.optim.Optimizer, *, rank: int,
-            world: int) -> training.TrainingState | None:
-    """Put network and optimiser back to the last checkpoint, the same on every rank; None if there is none.
+def restore(task: TrainTask, network: MSPN, optimiser: torch.optim.Optimizer, average: WeightAverage | None, *,
+            rank: int, world: int) -> training.TrainingState | None:
+    """Put network, optimiser and average back to the last checkpoint, the same on every rank; None if there is none.
 
     One that is damaged is passed over with a warning; DataError where all are.
     """
@@ -33,7 +34,7 @@ def restore(task: TrainTask, network: MSPN, optimiser: torch.optim.Optimizer, *,
         return None
     if rank == 0:
         logger.info("going on after iteration %d, from %s", chosen[0].iteration, chosen[0].uri)
-    return training.load_state(found[1] if found else _state(chosen[0]), network, optimiser)
+    return training.load_state(found[1] if found else _state(chosen[0]), network, optimiser, average)
 
 
 def _last_readable(output: str) -> tuple[Checkpoint, bytes] | None:

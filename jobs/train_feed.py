@@ -1,10 +1,12 @@
 """A rank's samples: Ray tasks decode a picture once, cut out all its persons, and hand over uint8 crops and joints."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from jobs.train_task import TrainTask, Worker
 from pipeline import samples
+from pipeline.mixture import TrainingSet, mixed_batches, set_shares
 from pipeline.model.directory import ModelSpec
 from pipeline.pose.augment import Augmentation
 from pipeline.samples import Arrays
@@ -15,45 +17,66 @@ PREFETCH_BLOCKS = 4
 STORE_BYTES = 1 << 30  # of Ray's object store for each rank: 7,000 crops
 
 
-def sample_blocks(worker: Worker) -> Iterator[Arrays]:
-    """The rank's stream of samples from its position on, endless, made by Ray tasks ahead of their use."""
-    task = worker.task
-    turns = samples.rank_turns(task.counts, seed=task.config.seed, rank=worker.rank, world=worker.world,
-                               position=worker.position)
+def sample_batches(worker: Worker) -> Iterator[Arrays]:
+    """The rank's batches from its positions on, endless, made by Ray tasks ahead of their use."""
+    shares = set_shares(worker.task.sets)
+    streams = [_sample_blocks(worker, index, share) for index, share in enumerate(shares)]
+    return mixed_batches(streams, shares, batch_size=worker.task.config.optimiser.batch_size_per_worker,
+                         positions=worker.positions)
+
+
+def _sample_blocks(worker: Worker, index: int, share: float) -> Iterator[Arrays]:
+    """The rank's endless stream of one dataset's samples."""
+    task, one = worker.task, worker.task.sets[index]
+    turns = samples.rank_turns(one.counts, seed=task.config.seed, rank=worker.rank, world=worker.world,
+                               position=worker.positions[index])
     optimiser = task.config.optimiser
     while True:
-        missing = (optimiser.iterations - worker.iteration) * optimiser.batch_size_per_worker
+        missing = math.ceil((optimiser.iterations - worker.iteration) * optimiser.batch_size_per_worker * share)
         num_samples = min(max(missing, 1), TASKS_AHEAD * samples.SAMPLES_PER_TASK)
-        yield from _made_by_tasks(worker, samples.group_turns(turns, task.counts, num_samples=num_samples))
+        groups = samples.group_turns(turns, one.counts, num_samples=num_samples)
+        yield from _made_by_tasks(worker, one, groups, share)
 
 
-def _made_by_tasks(worker: Worker, groups: Sequence[Sequence[samples.Turn]]) -> Iterator[Arrays]:
+def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[samples.Turn]],
+                   share: float) -> Iterator[Arrays]:
     import ray.data
 
-    task = worker.task
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
     rows = ray.data.from_items([{"turns": samples.turns_text(group)} for group in groups],
                                override_num_blocks=len(groups))
-    feeders = ray.data.TaskPoolStrategy(size=min(_num_feeders(worker), len(groups)))
+    num_feeders = math.ceil(_num_feeders(worker) * share)
+    feeders = ray.data.TaskPoolStrategy(size=min(num_feeders, len(groups)))
     made = rows.map_batches(samples.task_samples, batch_size=1, compute=feeders,  # type: ignore[arg-type]
-                            fn_kwargs={"data": replace(task.data, json={}), "recipe": recipe_of(task, worker.spec)})
+                            num_cpus=_cpus_of_feeder(worker),
+                            fn_kwargs={"data": replace(one.dataset, json={}),
+                                       "recipe": replace(recipe_of(worker.task, worker.spec), joints=one.joints)})
     yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
 
 
 def _num_feeders(worker: Worker) -> int:
+    """The rank's tasks at once, one for each CPU of its share."""
+    return int(min(max(_free_cpus(worker), 1), MAX_FEEDERS))
+
+
+def _cpus_of_feeder(worker: Worker) -> float:
+    """A whole CPU for each task of one dataset. Those of several share them, so that all can run at any time: a rank
+    waits for each dataset in turn, while full tasks of the others keep their CPUs."""
+    return round(min(max(_free_cpus(worker), 0.1), 1) / len(worker.task.sets), 3)
+
+
+def _free_cpus(worker: Worker) -> float:
     """The rank's share of the CPUs that the workers leave; they may be fewer than there will be."""
     import ray
 
-    free = ray.cluster_resources().get("CPU", 1) - worker.world
-    return int(min(max(free // worker.world, 1), MAX_FEEDERS))
+    return (float(ray.cluster_resources().get("CPU", 1)) - worker.world) / worker.world
 
 
 def recipe_of(task: TrainTask, spec: ModelSpec) -> samples.SampleRecipe:
     """How the settings want a person to become a sample of this model."""
-    assert task.data.skeleton is not None
     settings = task.config.augmentation
     augmentation = Augmentation(**settings.model_dump(exclude={"enabled"})) if settings.enabled else None
-    return samples.SampleRecipe(task.data.skeleton, spec.input_size_wh, spec.box_padding_wh, augmentation,
+    return samples.SampleRecipe(task.skeleton, spec.input_size_wh, spec.box_padding_wh, augmentation,
                                 task.config.seed)

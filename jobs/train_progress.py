@@ -69,6 +69,9 @@ class Progress:
         per_second = len(self.reports) * optimiser.batch_size_per_worker * self.worker.world / seconds
         named = {f"loss_stage{stage}_unit{unit}": value
                  for stage, units in enumerate(heads) for unit, value in enumerate(units, start=1)}
+        norms = [report.gradient_norm for report in self.reports if report.gradient_norm is not None]
+        if norms:
+            named["gradient_norm"] = float(torch.stack(norms).mean())
         return {"loss": sum(map(sum, heads)), "learning_rate": training.learning_rate(self.worker.iteration, schedule),
                 "samples_per_second": per_second, "input_wait_share": self.waited_s / seconds, **named}
 
@@ -118,8 +121,8 @@ def validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
 
 
 def _network_of_rank0(worker: Worker) -> MSPN:
-    """A copy of the network with rank 0's batch norm statistics, which are those that are saved."""
-    network = copy.deepcopy(worker.network)
+    """A copy of what becomes the model, with rank 0's batch norm statistics, which are those that are saved."""
+    network = copy.deepcopy(worker.result)
     if worker.world > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)

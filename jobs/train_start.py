@@ -1,18 +1,27 @@
 """What a rank begins with: the network as the settings want it, its optimiser, and the last checkpoint's state."""
 
 import io
+import logging
+import socket
 import tempfile
 from pathlib import Path
 
 import torch
 
 from jobs.train_checkpoints import restore
-from jobs.train_task import INIT_FOLDER, TrainTask, Worker
+from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
+from pipeline.averaging import WeightAverage
 from pipeline.errors import ConfigError
+from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.directory import ModelSpec, load_model
+from pipeline.model.joint_sets import with_joints
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
+from pipeline.model.recompute import recompute_activations
+from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
+
+logger = logging.getLogger("jobs.train")
 
 
 def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
@@ -23,10 +32,29 @@ def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     # half as fast again on CPUs
     network = network.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
-    state = restore(task, network, optimiser, rank=rank, world=world) or training.TrainingState(0, (0,) * world)
+    decay = task.config.optimiser.ema_decay
+    average = None if decay is None else WeightAverage(network, decay=decay)
+    state = (restore(task, network, optimiser, average, rank=rank, world=world)
+             or training.TrainingState(0, ((0,) * len(task.sets),) * world))
+    if task.config.sync_batch_norm and world > 1:
+        synchronise_batch_norms(network)
+    if task.config.checkpoint_activations:
+        recompute_activations(network)
     wrapped = network if world == 1 else averaging(network)
-    return Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
-                  training.position_of(state, rank=rank, world=world))
+    worker = Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
+                    training.positions_of(state, rank=rank, world=world), average)
+    if task.config.compile is not None:
+        _refuse_uncompilable(worker)
+        compile_forward(wrapped, task.config.compile)
+    return worker
+
+
+def _refuse_uncompilable(worker: Worker) -> None:
+    """The same refusal on all ranks, on whichever machine something is missing: none may wait for one that gave up."""
+    problems = gather(worker, (why := why_not_compile()) and f"{socket.gethostname()}: {why}")
+    for problem in filter(None, problems):
+        raise ConfigError(f"compile={worker.task.config.compile} needs a compiler on each worker's machine. {problem}; "
+                          "or leave compile out, in a new --output.")
 
 
 def averaging(network: MSPN) -> torch.nn.Module:
@@ -51,8 +79,7 @@ def averaging(network: MSPN) -> torch.nn.Module:
 
 def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
-    config, skeleton = task.config, task.data.skeleton
-    assert skeleton is not None
+    config, skeleton = task.config, task.skeleton
     torch.manual_seed(config.seed)
     asked = MSPNConfig(num_joints=skeleton.num_joints, **config.network.model_dump())
     if config.init is not None:
@@ -66,13 +93,16 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
 
 
 def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
-    """The model of `init`, whose architecture is taken unless the settings give one."""
-    assert task.data.skeleton is not None
+    """The model of `init`, whose architecture is taken unless the settings give one; heads for other joints are new."""
     with tempfile.TemporaryDirectory() as folder:
         network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
-    other = "network" in task.config.model_fields_set and network.config != asked
-    if other or tuple(spec.skeleton["joints"]) != task.data.skeleton.joints:
-        raise ConfigError(f"init {task.config.init}: it is {network.config} for the joints of {spec.skeleton['name']}, "
-                          f"but asked for is {asked} for those of {task.data.skeleton.name}. Leave `network` out, or "
+    own = network.config.model_copy(update={"num_joints": asked.num_joints})
+    if "network" in task.config.model_fields_set and own != asked:
+        raise ConfigError(f"init {task.config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
                           "begin from another model.")
+    if tuple(spec.skeleton["joints"]) == task.skeleton.joints:
+        return network, spec
+    network, spec, new = with_joints(network, spec, task.skeleton)
+    logger.info("init %s has other joints: %s", task.config.init,
+                f"those that are new begin untrained: {', '.join(new)}" if new else "none is new")
     return network, spec

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from pipeline import training
+from pipeline.averaging import WeightAverage
 from pipeline.config import TrainConfig
+from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN
+from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset
 
 INIT_FOLDER = "_init"
@@ -19,12 +22,18 @@ class TrainTask:
     """What every worker is given. `source` is what model.json will say of the model's origin."""
 
     config: TrainConfig
-    data: ShardDataset
+    sets: tuple[TrainingSet, ...]
     val: ShardDataset | None
     intent: dict[str, Any]
-    counts: list[int]  # trainable persons in each shard of `data`
     source: dict[str, Any]
     run_id: str | None
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model's joints: those of the first dataset."""
+        skeleton = self.sets[0].dataset.skeleton
+        assert skeleton is not None
+        return skeleton
 
 
 @dataclass
@@ -40,7 +49,13 @@ class Worker:
     wrapped: torch.nn.Module  # the network, or the wrapper that averages gradients over the ranks
     optimiser: torch.optim.Optimizer
     iteration: int  # done
-    position: int  # next slot in the rank's stream
+    positions: tuple[int, ...]  # next slot in the rank's stream of each dataset
+    average: WeightAverage | None = None  # of the network's weights, where the settings want one
+
+    @property
+    def result(self) -> MSPN:
+        """The network that is validated and becomes the model: the average, where there is one."""
+        return self.network if self.average is None else self.average.network
 
 
 def schedule_of(config: TrainConfig, *, world: int) -> training.Schedule:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from jobs.train_checkpoints import Keeper
-from jobs.train_feed import sample_blocks
+from jobs.train_feed import sample_batches
 from jobs.train_progress import REPORT_EVERY, Progress, validate
 from jobs.train_start import open_worker
 from jobs.train_task import TrainTask, Worker, gather, schedule_of
-from pipeline import checkpoints, samples, tracking, training
+from pipeline import checkpoints, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
+from pipeline.mixture import positions_after
 from pipeline.model.directory import add_to_source, save_model
 from pipeline.model_reference import FILES, download_model, put_model
 from pipeline.samples import Arrays
@@ -62,7 +63,7 @@ def _store_unsent(worker: Worker, run: tracking.Run) -> str | None:
 def _train(worker: Worker, run: tracking.Run) -> str | None:
     """The rank's iterations. Metrics are looked at together every few of them, so that none waits for a number."""
     config, schedule = worker.task.config, schedule_of(worker.task.config, world=worker.world)
-    batches = samples.cut_batches(sample_blocks(worker), config.optimiser.batch_size_per_worker)
+    batches = sample_batches(worker)
     progress, keeper = Progress(worker, run), Keeper(worker)
     evaluation: dict[str, float] = {}
     while worker.iteration < schedule.iterations:
@@ -86,20 +87,25 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
-    loss = worker.task.config.loss
+    loss, optimiser = worker.task.config.loss, worker.task.config.optimiser
     worker.iteration += 1
-    worker.position = int(batch["slot"][-1]) + 1
-    return training.train_step(
+    worker.positions = positions_after(worker.positions, batch)
+    report = training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
         rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16")
+        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16",
+        accumulate=optimiser.accumulate, clip_norm=optimiser.clip_norm)
+    if worker.average is not None:
+        worker.average.update(worker.network)
+    return report
 
 
 def _divergence(worker: Worker, reports: Sequence[training.StepReport], *, look_inside: bool) -> str | None:
     """What is wrong with any rank's losses, or with the network that is about to be kept; the same on every rank."""
     found = training.divergence(reports)
     if found is None and look_inside:
-        found = training.not_finite(worker.network, iteration=worker.iteration)
+        found = (training.not_finite(worker.network, iteration=worker.iteration)
+                 or training.not_finite(worker.result, iteration=worker.iteration))
     return next((each for each in gather(worker, found) if each), None)
 
 
@@ -107,14 +113,14 @@ def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str |
     """A checkpoint, and word of it to Ray Train. All ranks wait for it here; what to stop with, on all of them."""
     import ray.train
 
-    positions = tuple(gather(worker, worker.position))
+    positions = tuple(gather(worker, worker.positions))
     files: dict[str, bytes] = {}
     if worker.rank == 0:
         with tempfile.TemporaryDirectory() as folder:
-            _save(worker, Path(folder, "model"), _source(worker, sum(positions), evaluation))
+            _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
             files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
         state = training.TrainingState(worker.iteration, positions)
-        files[STATE_FILE] = training.state_bytes(worker.network, worker.optimiser, state)
+        files[STATE_FILE] = training.state_bytes(worker.network, worker.optimiser, state, worker.average)
     failure = keeper.keep(files)
     # without the checkpoint itself: Ray Train would list it in a file that a kill can leave half-written
     ray.train.report({"iteration": worker.iteration, **evaluation})
@@ -123,7 +129,7 @@ def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str |
 
 def _put(worker: Worker, evaluation: dict[str, float]) -> None:
     """The model directory, from rank 0. The other ranks' word is needed for the number of samples."""
-    num_samples = sum(gather(worker, worker.position))
+    num_samples = sum(map(sum, gather(worker, worker.positions)))
     if worker.rank != 0:
         return
     config = worker.task.config
@@ -151,7 +157,7 @@ def _source(worker: Worker, num_samples: int, evaluation: dict[str, float]) -> d
 
 
 def _save(worker: Worker, directory: Path, source: dict[str, Any]) -> None:
-    save_model(directory, worker.network, worker.spec.model_copy(update={"source": source}))
+    save_model(directory, worker.result, worker.spec.model_copy(update={"source": source}))
 
 
 # --- the process --------------------------------------------------------------------------------------------------

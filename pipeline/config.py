@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipeline.errors import ConfigError
 from pipeline.storage import normalise
@@ -82,7 +82,10 @@ class NetworkConfig(Settings):
 
 
 class OptimiserConfig(Settings):
-    """The optimiser and schedule of megvii-research/MSPN: Adam, L2 on everything, warm-up, linear decay to 0."""
+    """The optimiser and schedule of megvii-research/MSPN: Adam, L2 on everything, warm-up, linear decay to 0.
+
+    What theirs doesn't have is off by default: accumulation, clipping, the average of the weights.
+    """
 
     learning_rate_per_worker: float = Field(5e-4, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
@@ -90,6 +93,19 @@ class OptimiserConfig(Settings):
     warmup_iterations: int = Field(2400, ge=0)
     warmup_factor: float = Field(0.1, ge=0, le=1)
     batch_size_per_worker: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1, description="pieces in which a worker's batch goes through, to take less memory; "
+                            "batch norms see the pieces")
+    clip_norm: float | None = Field(None, gt=0, description="longer gradients are shortened to this length")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="the model is the exponential average of the weights "
+                                    "with this decay, such as 0.9998")
+
+    @field_validator("accumulate")
+    @classmethod
+    def _pieces_are_equal(cls, pieces: int, info: ValidationInfo) -> int:
+        batch = info.data.get("batch_size_per_worker")
+        if batch is not None and batch % pieces:
+            raise ValueError(f"optimiser.batch_size_per_worker, {batch}, must be a multiple of it")
+        return pieces
 
 
 class LossConfig(Settings):
@@ -99,10 +115,19 @@ class LossConfig(Settings):
     occluded: Literal["suppress", "supervise"] = "suppress"
 
 
-class TrainConfig(Settings):
-    """`train`: a shard dataset -> a model directory."""
+class DataConfig(Settings):
+    """One shard dataset to train on, beside others."""
 
-    data: str
+    uri: str
+    weight: float = Field(1.0, gt=0, description="how often one of its persons comes, against those of other sets")
+    joints: tuple[str, ...] | None = Field(None, description="those that it has labels of, where it lists more")
+
+
+class TrainConfig(Settings):
+    """`train`: shard datasets -> a model directory. The model's joints are those of the first dataset."""
+
+    data: tuple[DataConfig, ...] = Field(
+        min_length=1, description="a URI, or a list of URIs and {uri, weight, joints}; the first names the joints")
     output: str
     val: str | None = None
     workers: str = "auto"
@@ -110,6 +135,10 @@ class TrainConfig(Settings):
     alias: str = "candidate"
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    compile: Literal["default"] | None = Field(None, description="torch.compile's mode, for the training forward")
+    sync_batch_norm: bool = Field(False, description="batch norms see the batches of all workers as one")
+    checkpoint_activations: bool = Field(False, description="keep less for the backward pass and compute it again: the "
+                                         "same model in less memory and more time")
     threads: int | None = Field(None, ge=1)
     validate_every: int = Field(2400, ge=1, description="iterations between validations and checkpoints")
     validate_persons: int | None = Field(None, ge=1)
@@ -125,6 +154,22 @@ class TrainConfig(Settings):
     loss: LossConfig = LossConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """A URI, a mapping, or a list of them; in a flag, a mapping is YAML: `{uri: s3://..., weight: 2}`."""
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        read = [yaml.safe_load(each) if isinstance(each, str) and each.startswith("{") else each for each in entries]
+        return [{"uri": each} if isinstance(each, str) else each for each in read]
+
+    @field_validator("sync_batch_norm", "checkpoint_activations")
+    @classmethod
+    def _compiled_alone(cls, wanted: bool, info: ValidationInfo) -> bool:
+        if wanted and info.data.get("compile") is not None:
+            # the compiler can't see through batch norms that wait for other workers, and decides itself what to keep
+            raise ValueError(f"it doesn't go together with compile; leave {info.field_name} or compile out")
+        return wanted
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -274,8 +319,14 @@ def load_config(kind: type[AnySettings], *, file: str | None = None, assignments
 
 def locations(settings: Settings, *names: str) -> Any:
     """The same settings with the named URIs spelled in full, so that a worker elsewhere reads the same place."""
-    known = {name: normalise(value) for name in names if (value := getattr(settings, name))}
+    known = {name: _located(value) for name in names if (value := getattr(settings, name))}
     return settings.model_copy(update=known)
+
+
+def _located(value: str | tuple[DataConfig, ...]) -> Any:
+    if isinstance(value, str):
+        return normalise(value)
+    return tuple(one.model_copy(update={"uri": normalise(one.uri)}) for one in value)
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

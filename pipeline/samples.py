@@ -9,7 +9,7 @@ in the stream is its *slot*; a run goes on from the slot after the last one that
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -46,13 +46,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """How a person becomes a sample. `augmentation` None: cropped as at test time, with `padding_wh`."""
+    """How a person becomes a sample. `augmentation` None: cropped as at test time, with `padding_wh`.
+
+    joints  for each joint of the skeleton its index among the dataset's own, -1: the dataset doesn't have it;
+            None: they are the same
+    """
 
     skeleton: Skeleton
     input_size_wh: tuple[int, int]
     padding_wh: tuple[float, float]
     augmentation: Augmentation | None
     seed: int
+    joints: tuple[int, ...] | None = None
 
 
 # --- the order ----------------------------------------------------------------------------------------------------
@@ -64,7 +69,8 @@ def shard_order(num_parts: int, *, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def rank_turns(counts: Sequence[int], *, seed: int, rank: int, world: int, position: int = 0) -> Iterator[Turn]:
+def rank_turns(counts: Sequence[int], *, seed: int, rank: int, world: int, position: int = 0,
+               uri: str = "the data") -> Iterator[Turn]:
     """One rank's endless stream from a position on; whole shards before it are skipped by their counts alone.
 
     counts    trainable persons in each shard; shards without any are never read
@@ -73,7 +79,7 @@ def rank_turns(counts: Sequence[int], *, seed: int, rank: int, world: int, posit
     """
     filled = [part for part, count in enumerate(counts) if count]
     if len(filled) < world:
-        raise ConfigError(f"{world} workers need at least as many shards with annotated persons, but the data have "
+        raise ConfigError(f"{world} workers need at least as many shards with annotated persons, but {uri} has "
                           f"{len(filled)}. Give fewer --workers, or shard again with a smaller --images-per-shard.")
     slot, epoch = 0, 0
     while True:
@@ -91,15 +97,20 @@ def person_order(persons_per_picture: Sequence[int], *, seed: int, epoch: int,
     """A shard's persons as (picture, person) in the order of training, in windows that are decoded one by one.
 
     Pictures are shuffled, and then the persons of each `WINDOW_PICTURES` of them, so that a picture is decoded once
-    for all its persons, and neighbours in a batch come from many pictures.
+    for all its persons. Each picture's n persons come at equal distances, an n-th of the window apart, from a random
+    place on: merely shuffled, each 32 persons of COCO would hold a pair from one picture (benchmarks/train_input.py).
     """
     generator = _generator(seed, epoch, part)
     pictures = generator.permutation([index for index, count in enumerate(persons_per_picture) if count])
     windows = []
     for start in range(0, len(pictures), WINDOW_PICTURES):
-        persons = [(int(picture), person) for picture in pictures[start:start + WINDOW_PICTURES]
-                   for person in range(persons_per_picture[picture])]
-        windows.append([persons[index] for index in generator.permutation(len(persons))])
+        places: dict[tuple[int, int], float] = {}
+        for picture in pictures[start:start + WINDOW_PICTURES].tolist():
+            count = persons_per_picture[picture]
+            first = generator.random()
+            places |= {(picture, person): (first + turn / count) % 1
+                       for turn, person in enumerate(generator.permutation(count).tolist())}
+        windows.append(sorted(places, key=places.__getitem__))
     return windows
 
 
@@ -149,9 +160,10 @@ def _generator(*numbers: int) -> np.random.Generator:
 def turn_samples(dataset: ShardDataset, turn: Turn, recipe: SampleRecipe) -> Iterator[Arrays]:
     """The samples of one turn, in blocks of at most `BLOCK_SAMPLES`, in the stream's order.
 
-    Each block: crop uint8 [n, H, W, 3] BGR; joints_xy float32 [n, K, 2] in crop pixels; visible uint8 [n, K];
-    annotation_id, slot int64 [n]. A person who can't be cropped (the picture doesn't decode, the box has no extent) is
-    left out with a warning, and its slot with it; DataError where no person of a whole shard can be.
+    Each block: crop uint8 [n, H, W, 3] BGR; joints_xy float32 [n, K, 2] in crop pixels; visible int8 [n, K];
+    annotation_id, slot int64 [n]. A person who can't be cropped (the picture doesn't decode, the box has no extent, no
+    labelled joint is the skeleton's) is left out with a warning, and its slot with it; DataError where no person of a
+    whole shard can be.
     """
     part = dataset.parts[turn.part]
     table = read_part(dataset, part, ["key", "bytes", "reason", "persons"])
@@ -181,22 +193,6 @@ def task_samples(rows: Mapping[str, Any], data: ShardDataset, recipe: SampleReci
     """
     for turn in json.loads(str(rows["turns"][0])):
         yield from turn_samples(data, Turn(*turn), recipe)
-
-
-def cut_batches(blocks: Iterable[Arrays], batch_size: int) -> Iterator[Arrays]:
-    """The stream of blocks in batches of exactly `batch_size`, whatever the blocks' sizes; a rest is left out."""
-    held: list[Arrays] = []
-    num_held = 0
-    for block in blocks:
-        held.append(block)
-        num_held += len(block["slot"])
-        if num_held < batch_size:
-            continue
-        joined = {name: np.concatenate([each[name] for each in held]) for name in block}
-        whole = num_held - num_held % batch_size
-        for start in range(0, whole, batch_size):
-            yield {name: values[start:start + batch_size] for name, values in joined.items()}
-        held, num_held = [{name: values[whole:] for name, values in joined.items()}], num_held - whole
 
 
 def _trainable_persons(table: pa.Table) -> list[list[dict[str, Any]]]:
@@ -243,10 +239,21 @@ def _picture_samples(table: pa.Table, picture: int, persons: Sequence[tuple[int,
 def _person_sample(image_bgr: npt.NDArray[np.uint8], person: Mapping[str, Any], recipe: SampleRecipe,
                    epoch: int) -> TrainingSample:
     return training_sample(
-        image_bgr, tuple(person["box_xywh"]), np.array(person["keypoints"], np.float64).reshape(-1, 3),
+        image_bgr, tuple(person["box_xywh"]), _keypoints(person, recipe.joints),
         skeleton=recipe.skeleton, input_size_wh=recipe.input_size_wh, padding_wh=recipe.padding_wh,
         augmentation=recipe.augmentation,
         generator=sample_generator(recipe.seed, epoch, int(person["annotation_id"])))
+
+
+def _keypoints(person: Mapping[str, Any], joints: tuple[int, ...] | None) -> npt.NDArray[np.float64]:
+    """The person's keypoints [K, 3] in the skeleton's order; (0, 0, -1) is a joint that the dataset doesn't have."""
+    own = np.array(person["keypoints"], np.float64).reshape(-1, 3)
+    if joints is None:
+        return own
+    keypoints = np.vstack([own, (0.0, 0.0, -1.0)])[list(joints)]
+    if not (keypoints[:, 2] > 0).any():
+        raise DataError("none of its labelled joints is the model's")
+    return keypoints
 
 
 def _block(slots: Sequence[int], samples: Sequence[tuple[int, TrainingSample]]) -> Arrays:

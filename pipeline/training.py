@@ -3,25 +3,27 @@
 It knows tensors and a network; not where batches come from, how many workers there are, or Ray.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.averaging import WeightAverage
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, normalise_crops
-from pipeline.model.loss import mspn_loss
+from pipeline.model.loss import LossTerms, mspn_loss
 from pipeline.model.mspn import MSPN
 from pipeline.model.targets import draw_targets
 
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
-STATE_VERSION = 1
+STATE_VERSION = 2  # 2: the average of the weights
 DIVERGED = ("Lower optimiser.learning_rate_per_worker or lengthen optimiser.warmup_iterations, and train into a new "
             "--output.")
 
@@ -47,7 +49,7 @@ class TrainingBatch:
 
     crops      uint8 [B, H, W, 3] BGR
     joints_xy  float32 [B, K, 2] in crop pixels
-    visible    [B, K]: 0 not labelled, 1 occluded, 2 visible
+    visible    [B, K]: -1 a joint that the data don't have, 0 not labelled, 1 occluded, 2 visible
     ids        int64 [B], the persons' annotation ids, to name them in an error
     """
 
@@ -63,20 +65,22 @@ class StepReport:
 
     loss   scalar, the total before the step
     heads  [S, 4], each head's share of it: stage by stage, coarse to fine
+    gradient_norm  scalar, of all gradients as one vector before they were clipped; None where they aren't
     """
 
     iteration: int
     loss: Tensor
     heads: Tensor
     ids: Tensor
+    gradient_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands: after `iteration` iterations; `positions` are the ranks' next slots in their streams."""
+    """Where a run stands: after `iteration` iterations; of each rank the next slot in each dataset's stream."""
 
     iteration: int
-    positions: tuple[int, ...]
+    positions: tuple[tuple[int, ...], ...]
 
 
 # --- schedule and optimiser ---------------------------------------------------------------------------------------
@@ -112,22 +116,50 @@ def scale_heatmaps(network: MSPN, factor: float) -> None:
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: TrainingBatch, *, iteration: int,
                rate: float, spec: ModelSpec, ohkm_joints: int, occluded: Literal["suppress", "supervise"],
-               bfloat16: bool = False) -> StepReport:
+               bfloat16: bool = False, channels_last: bool = True, accumulate: int = 1,
+               clip_norm: float | None = None) -> StepReport:
     """One step of the optimiser on one batch. The network (or its distributed wrapper) is in training mode.
 
-    bfloat16  the network under autocast; targets and loss are float32 always
+    bfloat16       the network under autocast; targets and loss are float32 always
+    channels_last  the memory format of the images; the network should have the same
+    accumulate     the batch goes through in so many equal pieces, whose gradients add up to the whole batch's: less
+                   memory, the same step but for rounding. Batch norms see the pieces, though: each normalises by its
+                   own statistics, and the running ones move once for each
+    clip_norm      longer gradients, all together one vector, are shortened to this length (Pascanu et al. 2013)
     """
     for group in optimiser.param_groups:
         group["lr"] = rate
-    images = normalise_crops(batch.crops, spec).to(memory_format=torch.channels_last)
+    optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for piece, synchronised in _pieces(network, batch, accumulate):
+        with synchronised:
+            loss = _loss(network, piece, spec, ohkm_joints, occluded, bfloat16=bfloat16, channels_last=channels_last)
+            (loss.total / accumulate).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss)
+    norm = None if clip_norm is None else nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    optimiser.step()
+    total, heads = (torch.stack(values).mean(dim=0).detach() for values in zip(*losses, strict=True))
+    return StepReport(iteration, total, heads, batch.ids, norm)
+
+
+def _loss(network: nn.Module, batch: TrainingBatch, spec: ModelSpec, ohkm_joints: int,
+          occluded: Literal["suppress", "supervise"], *, bfloat16: bool, channels_last: bool) -> LossTerms:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = normalise_crops(batch.crops, spec).to(memory_format=layout)
     targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         heatmaps = network(images)
-    loss = mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)
-    optimiser.zero_grad(set_to_none=True)
-    loss.total.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    return StepReport(iteration, loss.total.detach(), loss.heads.detach(), batch.ids)
+    return mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)
+
+
+def _pieces(network: nn.Module, batch: TrainingBatch, count: int,
+            ) -> Iterator[tuple[TrainingBatch, contextlib.AbstractContextManager[None]]]:
+    """Equal pieces of a batch, each with what it is computed in: the ranks' gradients meet after the last alone."""
+    assert len(batch.crops) % count == 0, (len(batch.crops), count)
+    apart = getattr(network, "no_sync", contextlib.nullcontext)
+    parts = zip(*(getattr(batch, field.name).chunk(count) for field in fields(batch)), strict=True)
+    for index, part in enumerate(parts, start=1):
+        yield TrainingBatch(*part), apart() if index < count else contextlib.nullcontext()
 
 
 def divergence(reports: Sequence[StepReport]) -> str | None:
@@ -161,19 +193,24 @@ def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.devi
 # --- the state in a file ------------------------------------------------------------------------------------------
 
 
-def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: TrainingState) -> bytes:
+def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: TrainingState,
+                average: WeightAverage | None = None) -> bytes:
     """All that a run needs to go on, as torch.save writes it: tensors and plain types. `load_state` is the inverse."""
     sink = io.BytesIO()
-    torch.save({"version": STATE_VERSION, "iteration": state.iteration, "positions": list(state.positions),
+    torch.save({"version": STATE_VERSION, "iteration": state.iteration,
+                "positions": [list(each) for each in state.positions],
                 "network": network.state_dict(), "optimiser": optimiser.state_dict(),
+                "average": None if average is None else average.state_dict(),
                 "random": torch.get_rng_state()}, sink)
     return sink.getvalue()
 
 
-def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer) -> TrainingState:
-    """Put a network and its optimiser back to where `state_bytes` saw them; where that was.
+def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer,
+               average: WeightAverage | None = None) -> TrainingState:
+    """Put a network, its optimiser and its average back to where `state_bytes` saw them; where that was.
 
-    Nothing is unpickled but tensors and plain types. A newer version is refused with DataError.
+    A state without an average begins one at its weights. Nothing is unpickled but tensors and plain types. A newer
+    version is refused with DataError.
     """
     values = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if values["version"] > STATE_VERSION:
@@ -181,12 +218,18 @@ def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer) -> 
                         "Update it.")
     network.load_state_dict(values["network"])
     optimiser.load_state_dict(values["optimiser"])
+    if average is not None and values.get("average") is not None:
+        average.load_state_dict(values["average"])
+    elif average is not None:
+        average.restart(network)
     torch.set_rng_state(values["random"])
-    return TrainingState(values["iteration"], tuple(values["positions"]))
+    # one dataset's position was a number at first
+    positions = tuple((each,) if isinstance(each, int) else tuple(each) for each in values["positions"])
+    return TrainingState(values["iteration"], positions)
 
 
-def position_of(state: TrainingState, *, rank: int, world: int) -> int:
-    """Where a rank's stream goes on. With another number of ranks than before, all go on from the mean position."""
+def positions_of(state: TrainingState, *, rank: int, world: int) -> tuple[int, ...]:
+    """Where a rank's streams go on. With another number of ranks than before, all go on from the mean positions."""
     if len(state.positions) == world:
         return state.positions[rank]
-    return sum(state.positions) // world
+    return tuple(sum(of_set) // world for of_set in zip(*state.positions, strict=True))

@@ -123,7 +123,7 @@ def test_shapes_and_types_are_those_of_the_contract() -> None:
     found = sample(PICTURE, FACE)
     assert (found.crop.shape, found.crop.dtype) == ((256, 192, 3), np.uint8)
     assert (found.joints_xy.shape, found.joints_xy.dtype) == ((17, 2), np.float32)
-    assert (found.visible.shape, found.visible.dtype) == ((17,), np.uint8)
+    assert (found.visible.shape, found.visible.dtype) == ((17,), np.int8)
 
 
 def test_the_box_grows_by_the_authors_factors() -> None:

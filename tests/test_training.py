@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import samples, shards, training
+from pipeline import mixture, samples, shards, training
 from pipeline.coco import parse_annotations
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import read_header
@@ -147,15 +147,16 @@ def test_a_state_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     network = MSPN(TINY)
     optimiser = training.make_optimiser(network, weight_decay=0.0)
     path = tmp_path / "state.pt"
-    torch.save({"version": 2}, path)
-    with pytest.raises(DataError, match="version 2; this program reads up to 1"):
+    newest = training.STATE_VERSION
+    torch.save({"version": newest + 1}, path)
+    with pytest.raises(DataError, match=f"version {newest + 1}; this program reads up to {newest}"):
         training.load_state(path.read_bytes(), network, optimiser)
 
 
 def test_a_rank_goes_on_where_it_was_and_other_ranks_share_what_was_done() -> None:
-    state = training.TrainingState(iteration=10, positions=(80, 82))
-    assert [training.position_of(state, rank=rank, world=2) for rank in range(2)] == [80, 82]
-    assert [training.position_of(state, rank=rank, world=3) for rank in range(3)] == [54, 54, 54]
+    state = training.TrainingState(iteration=10, positions=((80, 8), (82, 10)))
+    assert [training.positions_of(state, rank=rank, world=2) for rank in range(2)] == [(80, 8), (82, 10)]
+    assert [training.positions_of(state, rank=rank, world=3) for rank in range(3)] == [(54, 6)] * 3
 
 
 # --- the order ----------------------------------------------------------------------------------------------------
@@ -174,6 +175,17 @@ def test_every_shard_comes_once_in_each_epoch_over_all_ranks(world: int) -> None
 def test_every_epoch_and_every_seed_has_its_own_order() -> None:
     orders = {tuple(samples.shard_order(20, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
+
+
+def test_a_pictures_persons_lie_as_far_apart_as_they_can() -> None:
+    (window,) = samples.person_order([4] * 100, seed=0, epoch=0, part=0)
+    places: dict[int, list[int]] = {}
+    for place, (picture, _) in enumerate(window):
+        places.setdefault(picture, []).append(place)
+    gaps = [second - first for each in places.values() for first, second in itertools.pairwise(each)]
+    assert len(window) == 400
+    assert min(gaps) > 60  # 100 on the average, of 400 places
+    assert len({tuple(person for picture, person in window if picture == number) for number in range(100)}) > 10
 
 
 def test_a_shards_persons_come_once_and_a_picture_lies_in_one_window() -> None:
@@ -213,7 +225,7 @@ def test_another_seed_gives_another_order_and_other_crops(tmp_path: Path) -> Non
 
 
 def test_more_ranks_than_shards_are_refused_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"7 workers need .* have 6.*--images-per-shard"):
+    with pytest.raises(ConfigError, match=r"7 workers need .* has 6.*--images-per-shard"):
         next(samples.rank_turns(COUNTS, seed=0, rank=0, world=7))
 
 
@@ -231,17 +243,6 @@ def test_a_picture_that_does_not_decode_leaves_its_slots_out_and_nothing_else(tm
     good = [(slot, who) for slot, who in stream_epoch(data) if who not in lost]
     assert lost
     assert stream_epoch(broken) == good
-
-
-def test_batches_are_cut_alike_whatever_the_blocks() -> None:
-    def blocks(*sizes: int) -> list[samples.Arrays]:
-        slots = np.split(np.arange(20), np.cumsum(sizes)[:-1])
-        return [{"slot": each, "visible": each[:, None]} for each in slots]
-
-    cut = [[batch["slot"].tolist() for batch in samples.cut_batches(blocks(*sizes), 6)]
-           for sizes in ((20,), (1, 2, 3, 4, 10), (7, 13), (18, 2))]
-    assert cut[0] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
-    assert all(each == cut[0] for each in cut)
 
 
 def test_tiny_shards_share_a_task_until_it_is_worth_one() -> None:
@@ -330,21 +331,22 @@ class Run:
         torch.manual_seed(0)
         self.data, self.network = data, MSPN(TINY).train()
         self.optimiser = training.make_optimiser(self.network, weight_decay=1e-5)
-        self.iteration = self.position = 0
+        self.iteration, self.positions = 0, (0,)
 
     def train(self, iterations: int) -> None:
         schedule = training.Schedule(1e-2, 8, 2, 0.1)
-        blocks = (block for _, block in blocks_of(self.data, position=self.position))
-        for batch in itertools.islice(samples.cut_batches(blocks, 5), iterations):
+        blocks = (block for _, block in blocks_of(self.data, position=self.positions[0]))
+        batches = mixture.mixed_batches([blocks], [1.0], batch_size=5, positions=self.positions)
+        for batch in itertools.islice(batches, iterations):
             self.iteration += 1
-            self.position = int(batch["slot"][-1]) + 1
+            self.positions = mixture.positions_after(self.positions, batch)
             step(self.network, self.optimiser, training.as_batch(batch, torch.device("cpu")), self.iteration,
                  training.learning_rate(self.iteration, schedule))
 
     def state(self) -> bytes:
         return training.state_bytes(self.network, self.optimiser,
-                                    training.TrainingState(self.iteration, (self.position,)))
+                                    training.TrainingState(self.iteration, (self.positions,)))
 
     def load(self, data: bytes) -> None:
         state = training.load_state(data, self.network, self.optimiser)
-        self.iteration, self.position = state.iteration, state.positions[0]
+        self.iteration, self.positions = state.iteration, state.positions[0]

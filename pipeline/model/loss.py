@@ -32,7 +32,8 @@ def mspn_loss(heatmaps: list[list[Tensor]], targets: Tensor, visible: Tensor, *,
 
     heatmaps  of each stage, of each unit (coarse to fine) [B, K, h, w]: what the network's forward gives
     targets   [B, 5, K, h, w], kernels wide to narrow, peak 255 (`draw_targets`)
-    visible   [B, K]: 0 not labelled, 1 labelled but occluded, 2 visible
+    visible   [B, K]: -1 a joint that the data don't have, 0 not labelled, 1 labelled but occluded, 2 visible; one of
+              -1 takes no part in any term
     occluded  what the three coarse heads of each stage learn of joints that aren't visible:
               "suppress"   the authors': an empty map, for occluded and for unlabelled joints
               "supervise"  MMPose's: occluded joints as visible ones; unlabelled ones are left out
@@ -57,7 +58,7 @@ def coarse_loss(heatmaps: Tensor, targets: Tensor, visible: Tensor, *,
                 occluded: Occluded = "suppress") -> Tensor:
     """Mean squared error of one head [B, K, h, w]; `occluded` as in `mspn_loss`."""
     if occluded == "suppress":
-        return _joint_errors(heatmaps, targets * (visible > 1)[..., None, None]).mean()
+        return (_joint_errors(heatmaps, targets * (visible > 1)[..., None, None]) * (visible >= 0)).mean()
     assert occluded == "supervise", occluded
     return (_joint_errors(heatmaps, targets) * (visible > 0)).mean()
 

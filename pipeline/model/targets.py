@@ -29,7 +29,7 @@ def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, i
     """The targets [B, len(kernels), K, H/4, W/4] float32 on the joints' device; 0 to 255.
 
     joints_xy  [B, K, 2] in input pixels
-    visible    [B, K]: a joint of 0 gets an empty map, and so does one outside of the input
+    visible    [B, K]: a joint of 0 or -1 gets an empty map, and so does one outside of the input
 
     A 1 in the joint's cell (its pixel / 4, cut off), blurred as OpenCV's GaussianBlur does with its default
     border (reflect-101), scaled so that the map's highest cell is 255. Blur and border act on rows and on

@@ -78,12 +78,13 @@ class TrainingSample:
 
     crop       uint8 [H, W, 3] BGR
     joints_xy  float32 [K, 2] in crop pixels, zero where visible is 0
-    visible    uint8 [K]: 0 not labelled or outside of the crop, 1 occluded, 2 visible
+    visible    int8 [K]: -1 a joint that the data don't have, 0 not labelled or outside of the crop, 1 occluded,
+               2 visible
     """
 
     crop: Pixels
     joints_xy: npt.NDArray[np.float32]
-    visible: npt.NDArray[np.uint8]
+    visible: npt.NDArray[np.int8]
 
 
 def sample_generator(seed: int, epoch: int, annotation_id: int) -> np.random.Generator:
@@ -104,7 +105,8 @@ def training_sample(
     padding_wh: tuple[float, float],
     generator: np.random.Generator,
 ) -> TrainingSample:
-    """The sample of one person; keypoints float64 [K, 3] are (x, y, v) in the picture's pixels.
+    """The sample of one person; keypoints float64 [K, 3] are (x, y, v) in the picture's pixels, v -1 where the data
+    don't have the joint at all.
 
     Without augmentation: the region that inference crops, with padding_wh. With it: padding_wh is not used.
     A box without extent is refused with DataError.
@@ -214,8 +216,8 @@ def augmented_matrix(
 
 
 def flip_joints(
-    joints_xy: npt.NDArray[np.float32], visible: npt.NDArray[np.uint8], *, skeleton: Skeleton
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    joints_xy: npt.NDArray[np.float32], visible: npt.NDArray[np.int8], *, skeleton: Skeleton
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
     """Joints [K, 2] and visibilities [K] of a mirrored picture under their new names: left is right now."""
     order = list(skeleton.flip_order)
     return joints_xy[order], visible[order]
@@ -223,9 +225,9 @@ def flip_joints(
 
 def _joints_in_crop(
     keypoints: Floats, matrix: Floats, input_size_wh: tuple[int, int]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
     joints_xy = joints_to_crop(keypoints[:, :2], matrix)
     last_pixel = np.array(input_size_wh) - 1
     inside = ((joints_xy >= 0) & (joints_xy <= last_pixel)).all(axis=1)
-    visible = np.where(inside, keypoints[:, 2], 0).astype(np.uint8)
+    visible = np.where(inside | (keypoints[:, 2] < 0), keypoints[:, 2], 0).astype(np.int8)
     return np.where(visible[:, None] > 0, joints_xy, 0).astype(np.float32), visible
