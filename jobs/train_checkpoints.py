@@ -59,10 +59,24 @@ def _state(checkpoint: Checkpoint) -> bytes:
 
 @dataclass
 class Keeper:
-    """Keeps checkpoints, and counts how many in a row could not be."""
+    """Keeps checkpoints; knows how many in a row could not be, and which machines are about to be taken away."""
 
     worker: Worker
     lost: int = 0
+    leaving: frozenset[str] = frozenset()
+
+    def machine_leaves(self) -> bool:
+        """Whether Ray says, for the first time, that a worker's machine will be taken away: on all ranks together."""
+        import ray.train
+
+        announced = ray.train.get_preemption_info()
+        nodes = frozenset(announced.preempted_node_ids if announced else ())
+        is_new = not nodes <= self.leaving
+        self.leaving |= nodes
+        if is_new and self.worker.rank == 0:
+            logger.warning("a machine with workers will be taken away: a checkpoint is kept after iteration %d",
+                           self.worker.iteration)
+        return is_new
 
     def keep(self, files: Mapping[str, bytes]) -> str | None:
         """Keep a checkpoint, of rank 0's files. Gives the same on every rank: what to stop with, or None.

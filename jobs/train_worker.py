@@ -74,9 +74,11 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
         if failure := _divergence(worker, progress.reports, look_inside=due):
             return f"{failure} {keeper.last_good()}"
         progress.log_metrics()
+        leaves = keeper.machine_leaves()
         if due:
             evaluation = validate(worker, run)
-            if failure := _keep(worker, evaluation, keeper):
+        if due or leaves:
+            if failure := _keep(worker, evaluation if due else {}, keeper):
                 return failure
             _store_unsent(worker, run)
             progress.restart()
