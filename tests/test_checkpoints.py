@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from pipeline import checkpoints, storage
+from jobs.train_checkpoints import restore
+from jobs.train_task import TrainTask
+from pipeline import checkpoints, storage, training
 from pipeline.checkpoints import Checkpoint, list_checkpoints
 from pipeline.config import TrackingConfig
-from pipeline.errors import StorageError
+from pipeline.errors import DataError, StorageError
 from pipeline.model.directory import load_model
+from pipeline.model.mspn import MSPN
 from pipeline.model_reference import find_model
-from tests.worlds import write_tiny_model
+from tests.worlds import TINY, write_tiny_model
 
 AP = {100: 0.10, 200: 0.40, 300: 0.30, 400: 0.35, 500: 0.40}
 
@@ -101,3 +106,38 @@ def test_a_checkpoint_is_a_model_that_any_command_takes(tmp_path: Path) -> None:
 
     network, _ = load_model(found.directory)
     assert network.config.widths == (4, 4, 4, 4)
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+def state(iteration: int) -> bytes:
+    network = MSPN(TINY)
+    optimiser = training.make_optimiser(network, weight_decay=0.0)
+    return training.state_bytes(network, optimiser, training.TrainingState(iteration, ((5 * iteration,),)))
+
+
+def restored(output: str) -> training.TrainingState | None:
+    network = MSPN(TINY)
+    task = SimpleNamespace(config=SimpleNamespace(output=output))
+    return restore(cast(TrainTask, task), network, training.make_optimiser(network, weight_decay=0.0), None, rank=0,
+                   world=1)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+        place: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert restored(place) is None
+    whole = state(200)
+    for iteration, data in ((100, state(100)), (200, whole[:len(whole) // 2]), (300, b"")):
+        checkpoints.keep_checkpoint(place, iteration, files() | {"state.pt": data}, keep_newest=3)
+
+    found = restored(place)
+
+    assert found == training.TrainingState(100, ((500,),))
+    assert caplog.text.count("is damaged, and passed over") == 2
+
+
+def test_where_all_checkpoints_are_damaged_the_run_does_not_begin_anew_by_itself(place: str) -> None:
+    checkpoints.keep_checkpoint(place, 100, files() | {"state.pt": b"no state"}, keep_newest=3)
+    with pytest.raises(DataError, match=r"None of the checkpoints .* can be read: .*iteration-0000100.*Remove them"):
+        restored(place)
