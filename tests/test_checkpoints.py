@@ -141,3 +141,12 @@ def test_where_all_checkpoints_are_damaged_the_run_does_not_begin_anew_by_itself
     checkpoints.keep_checkpoint(place, 100, files() | {"state.pt": b"no state"}, keep_newest=3)
     with pytest.raises(DataError, match=r"None of the checkpoints .* can be read: .*iteration-0000100.*Remove them"):
         restored(place)
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_not_from_the_best(place: str) -> None:
+    for iteration, ap in ((100, 0.9), (200, 0.1)):
+        checkpoints.keep_checkpoint(place, iteration, files(ap) | {"state.pt": state(iteration)}, keep_newest=1)
+    assert [each.iteration for each in list_checkpoints(place)] == [100, 200]
+    found = restored(place)
+    assert found is not None
+    assert found.iteration == 200
