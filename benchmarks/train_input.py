@@ -83,7 +83,7 @@ def open_task(options: argparse.Namespace, work: Path) -> TrainTask:
     shard.run(ShardConfig(images=str(options.folder / "images"), output=str(shards), annotated_only=True,
                           annotations=str(options.folder / "annotations" / "person_keypoints_train.json"),
                           images_per_shard=IMAGES_PER_SHARD, tracking=OFF))
-    config = load_config(TrainConfig, file=options.config, flags={
+    config = load_config(TrainConfig, files=list(filter(None, [options.config])), flags={
         "data": str(shards), "output": str(work / "model"), "val": None, "workers": 1, "threads": options.workers,
         "tracking": OFF.model_dump()})
     data = open_shards(str(shards))

@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs <job> [--config FILE.yaml] [--set a.b=value ...] [flags]`.
+"""The command line: `python -m jobs <job> [--config FILE.yaml ...] [--set a.b=value ...] [flags]`.
 
 Nothing heavy is imported before the command has been found right. People read stderr, where workers' prints go too;
 stdout gets one line at the end, a JSON object with what the job did. Exit code 0: done; 2: the command or its
@@ -49,7 +49,13 @@ JOBS = {
         "output": "where the model directory and its checkpoints go",
         "val": "shard dataset for the AP in the loop",
         "workers": "number of workers, or MIN:MAX",
-        "register": "name to register the model under in MLflow"}, repeatable=("data",)),
+        "register": "name to register the model under in MLflow",
+        "promote": "alias, such as champion, that moves to the registered model if it deserves it"},
+        repeatable=("data",)),
+    "promote": Job("promote", settings.PromoteConfig, "a registered model behind an alias, if it deserves it", {
+        "model": "registered version: models:/name/3 or models:/name@candidate",
+        "alias": "alias to move",
+        "data": "annotated shard dataset on which both models are measured"}),
     "annotate": Job("annotate", settings.AnnotateConfig, "pictures -> a keypoint dataset in Parquet", {
         "input": "shard dataset, prefix of pictures, or a Parquet/CSV list of URIs",
         "model": "model directory, runs:/... or models:/name@alias",
@@ -99,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
             options = _parser().parse_args(arguments)
             job = JOBS[options.job]
             flags = {_setting(flag): getattr(options, _setting(flag)) for flag in job.flags}
-            config = settings.load_config(job.settings, file=options.config, assignments=options.set, flags=flags)
+            config = settings.load_config(job.settings, files=options.config, assignments=options.set, flags=flags)
             _log_to_stderr()
             result = importlib.import_module(f"jobs.{job.module}").run(config)
         except ConfigError as error:
@@ -124,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         for flag, text in job.flags.items():
             one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"),
                              action="append" if flag in job.repeatable else "store")
-        one.add_argument("--config", metavar="FILE.yaml", help="settings from a file")
+        one.add_argument("--config", action="append", default=[], metavar="FILE.yaml",
+                         help="settings from a file; repeatable, a later one changes what it names")
         one.add_argument("--set", action="append", default=[], metavar="a.b=value", help="one setting; repeatable")
         one.add_argument("--result", metavar="URI", help="write the result there too, as JSON")
     return parser

@@ -81,7 +81,7 @@ def _own_pictures(config: settings.DemoConfig) -> tuple[tuple[str, str], tuple[s
 
 def _recipe(config: settings.DemoConfig, output: Path, followed: settings.TrackingConfig) -> settings.TrainConfig:
     assignments = [] if config.iterations is None else [f"optimiser.iterations={config.iterations}"]
-    return settings.load_config(settings.TrainConfig, file=str(RECIPE), assignments=assignments, flags={
+    return settings.load_config(settings.TrainConfig, files=[str(RECIPE)], assignments=assignments, flags={
         "data": str(output / "shards" / "train"), "val": str(output / "shards" / "val"),
         "output": str(output / "model"), "register": MODEL_NAME, "alias": ALIAS, "tracking": followed.model_dump()})
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import storage, tracking
 from pipeline.config import EvaluateConfig, locations
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation import Evaluation, evaluate_keypoints, evaluation_metrics, format_evaluation
+from pipeline.evaluation import Evaluation, evaluate_keypoints, evaluation_metrics, format_evaluation, joint_metrics
 from pipeline.keypoints import KeypointMetadata, read_keypoints
 
 logger = logging.getLogger("jobs.evaluate")
@@ -27,7 +27,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         print(format_evaluation(evaluation), file=sys.stderr)
         tracked.log_dataset("annotations", config.annotations, digest=digest, context="evaluation")
         # under names of their own: a training run has an `ap` of its validation in the loop
-        metrics = evaluation_metrics(evaluation)
+        metrics = evaluation_metrics(evaluation) | joint_metrics(evaluation, metadata.skeleton)
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()})
     about = {"keypoints": config.keypoints, "model": metadata.model, "run_id": tracked.run_id}
     return _result(evaluation) | about

@@ -5,6 +5,7 @@ uint8 crops and joints. Checkpoints lie under `<output>/_checkpoints`; the same 
 whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.promote import open_frozen_set, promote, refuse_unpromotable
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
-from jobs.train_task import INIT_FOLDER, TrainTask, schedule_of
+from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, samples, storage, tracking
 from pipeline.config import DataConfig, TrainConfig, locations
@@ -43,7 +45,8 @@ PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflo
 def run(config: TrainConfig) -> dict[str, Any]:
     """Train; says where the model is, how good it is, and under which name it was registered."""
     config = locations(config, "data", "output", "val", "trunk")
-    config = config.model_copy(update={"tracking": tracking.located(config.tracking)})
+    config = config.model_copy(update={"tracking": tracking.located(config.tracking),
+                                       "promotion": locations(config.promotion, "data")})
     if config.keep == "best" and config.val is None:
         raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
                           "keep=last.")
@@ -52,6 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
     sets, val = _open_inputs(config, {} if job is None else job.input)
+    refuse_unpromotable(config, sets[0].dataset)
     inputs = _inputs(config, sets, val)
     if storage.exists(storage.join(config.output, SPEC_FILE)):
         _refuse_other_model(config, job, inputs, sets)
@@ -144,7 +148,7 @@ def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingS
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
-        "optimiser", "loss", "augmentation", "validate_every", "validate_persons"})
+        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -163,7 +167,9 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], s
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
     intent = _intent(config, job, sets)
-    schedule_of(config, world=1)  # refuses a warm-up that doesn't end
+    schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
+    assert sets[0].dataset.skeleton is not None
+    augmentation_of(config, sets[0].dataset.skeleton)  # refuses joints that aren't the data's
     _refuse_too_many_workers(intent["workers"], sets, config)
     if job is not None:
         _refuse_other_run(config, job, inputs, intent)
@@ -199,12 +205,16 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "workers", "precision", "trunk", "init", "heatmap_scale",
-             "compile", "sync_batch_norm")
+    names = ("network", "optimiser", "loss", "augmentation", "inference", "workers", "precision", "trunk", "init",
+             "heatmap_scale", "compile", "sync_batch_norm")
     recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES}}
+            "packages": _packages()}
+
+
+def _packages() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _git_revision() -> str | None:
@@ -220,7 +230,9 @@ def _git_revision() -> str | None:
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     data = [one.uri for one in config.data]
     run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": _one_or_all(data)} | job.intent)
-    run.set_tags({"job": job.digest, "output": config.output})
+    run.log_params({"packages": _packages()})
+    revision = _git_revision()
+    run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))
     digests = job.input["data_digest"]
     for number, (uri, digest) in enumerate(zip(data, digests if len(data) > 1 else [digests], strict=True), start=1):
         run.log_dataset("train" if number == 1 else f"train_{number}", uri, digest=digest, context="training")
@@ -307,11 +319,13 @@ def _result(config: TrainConfig) -> dict[str, Any]:
         directory = download_model(config.output, Path(folder))
         spec, digest = read_spec(directory), model_digest(directory)
         registered = _register(config, directory, spec) if config.register_as else None
+        promotion = None
+        if config.promote and registered:
+            promotion = _promote(config, directory, spec, registered["reference"])
     source = spec.source
     return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
             "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "best": source.get("best"),
-            "model_digest": digest,
-            "run_id": source["run_id"], "registered": registered}
+            "model_digest": digest, "run_id": source["run_id"], "registered": registered, "promotion": promotion}
 
 
 def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:
@@ -327,3 +341,23 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
 
+
+
+def _promote(config: TrainConfig, directory: Path, spec: ModelSpec, reference: str) -> dict[str, Any]:
+    """Let the alias mean the registered model if it deserves it; decided once for each name and alias.
+
+    Not again by the same command later: the alias may by then have gone on to a better one.
+    """
+    marker = storage.join(config.output, f"_promotion-{config.register_as}-{config.promote}.json")
+    if storage.exists(marker):
+        return dict(json.loads(storage.read_object(marker)))
+    rules = config.promotion
+    # --val as it was when this model was trained, unless another set is named
+    data = (open_frozen_set(rules.data, rules.version) if rules.data is not None
+            else open_frozen_set(str(config.val), rules.version or spec.source["val_version"]))
+    candidate = tracking.registered_version(reference, tracking=config.tracking)
+    assert candidate is not None
+    decided = dataclasses.asdict(promote(candidate, str(config.promote), data, rules=rules, settings=config.tracking,
+                                         expected=tracking.file_sha256(directory)))
+    storage.put_if_absent(marker, json.dumps(decided).encode())
+    return decided

@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from jobs.train_task import TrainTask, Worker
+from jobs.train_task import TrainTask, Worker, augmentation_of
 from pipeline import samples
 from pipeline.mixture import TrainingSet, mixed_batches, set_shares
 from pipeline.model.directory import ModelSpec
-from pipeline.pose.augment import Augmentation
 from pipeline.samples import Arrays
 
 TASKS_AHEAD = 1000  # planned at once: half a million samples; each is a small object in Ray's store
@@ -79,7 +78,5 @@ def _free_cpus(worker: Worker) -> float:
 
 def recipe_of(task: TrainTask, spec: ModelSpec) -> samples.SampleRecipe:
     """How the settings want a person to become a sample of this model."""
-    settings = task.config.augmentation
-    augmentation = Augmentation(**settings.model_dump(exclude={"enabled"})) if settings.enabled else None
-    return samples.SampleRecipe(task.skeleton, spec.input_size_wh, spec.box_padding_wh, augmentation,
-                                task.config.seed)
+    return samples.SampleRecipe(task.skeleton, spec.input_size_wh, spec.box_padding_wh,
+                                augmentation_of(task.config, task.skeleton), task.config.seed)

@@ -10,7 +10,7 @@ import torch
 
 from jobs.train_task import Worker, gather, schedule_of
 from pipeline import tracking, training
-from pipeline.evaluation import evaluation_metrics
+from pipeline.evaluation import evaluation_metrics, joint_metrics
 from pipeline.model.mspn import MSPN
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
@@ -116,7 +116,8 @@ def validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
     if worker.rank == 0:
         numbers = ", ".join(f"{name} {value:.3f}" for name, value in evaluation_metrics(evaluation).items())
         logger.info("validation after iteration %d: %s", worker.iteration, numbers)
-        _log_validation(worker, run, evaluation_metrics(evaluation), pictures)
+        of_joints = joint_metrics(evaluation, predictor.skeleton)
+        _log_validation(worker, run, evaluation_metrics(evaluation) | of_joints, pictures)
     return evaluation_metrics(evaluation)
 
 

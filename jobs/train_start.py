@@ -12,14 +12,17 @@ from jobs.train_checkpoints import restore
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
 from pipeline.averaging import WeightAverage
+from pipeline.config import InferenceConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.model.compiling import compile_forward, why_not_compile
-from pipeline.model.directory import ModelSpec, load_model
+from pipeline.model.decode import Decoding
+from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, load_model
 from pipeline.model.joint_sets import with_joints
 from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
 from pipeline.model.recompute import recompute_activations
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
+from pipeline.pose.skeleton import Skeleton
 
 logger = logging.getLogger("jobs.train")
 
@@ -88,21 +91,46 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
         weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
-        load_trunk(network, weights, colour="BGR")
-    return network, ModelSpec(network=asked, skeleton=skeleton.to_json())
+        load_trunk(network, weights, colour=config.inference.colour)
+    return network, spec_of(config, asked, skeleton)
+
+
+def spec_of(config: TrainConfig, network: MSPNConfig, skeleton: Skeleton) -> ModelSpec:
+    """What model.json will say of a model that begins untrained: how it sees a person, and is decoded, is settings."""
+    inference = config.inference
+    mean, std = IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
+    if inference.colour == "BGR":
+        mean, std = mean[::-1], std[::-1]
+    return ModelSpec(network=network, skeleton=skeleton.to_json(), colour=inference.colour, mean=mean, std=std,
+                     box_padding_wh=inference.box_padding_wh,
+                     decoding=Decoding(variant=inference.decoding, blur_kernel=inference.blur_kernel))
 
 
 def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
-    """The model of `init`, whose architecture is taken unless the settings give one; heads for other joints are new."""
+    """The model of `init`, whose architecture, crop and decoding are taken unless the settings give others.
+
+    Heads for other joints are new.
+    """
     with tempfile.TemporaryDirectory() as folder:
         network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
     own = network.config.model_copy(update={"num_joints": asked.num_joints})
     if "network" in task.config.model_fields_set and own != asked:
         raise ConfigError(f"init {task.config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
                           "begin from another model.")
+    _refuse_other_inference(task.config, spec)
     if tuple(spec.skeleton["joints"]) == task.skeleton.joints:
         return network, spec
     network, spec, new = with_joints(network, spec, task.skeleton)
     logger.info("init %s has other joints: %s", task.config.init,
                 f"those that are new begin untrained: {', '.join(new)}" if new else "none is new")
     return network, spec
+
+
+def _refuse_other_inference(config: TrainConfig, spec: ModelSpec) -> None:
+    """Weights are right only with what they were trained with: settings that aren't the defaults must be just that."""
+    own = InferenceConfig(colour=spec.colour, box_padding_wh=spec.box_padding_wh, decoding=spec.decoding.variant,
+                          blur_kernel=spec.decoding.blur_kernel)
+    if config.inference not in (InferenceConfig(), own):
+        raise ConfigError(f"init {config.init}: it was trained with inference {own.model_dump(mode='json')}, but asked "
+                          f"for is {config.inference.model_dump(mode='json')}. Give the model's own, or begin from "
+                          "another one.")

@@ -8,9 +8,11 @@ import torch
 from pipeline import training
 from pipeline.averaging import WeightAverage
 from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError
 from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN
+from pipeline.pose.augment import Augmentation
 from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset
 
@@ -62,7 +64,25 @@ def schedule_of(config: TrainConfig, *, world: int) -> training.Schedule:
     """The rate grows with the number of workers, and so with the whole batch, as the authors have it."""
     optimiser = config.optimiser
     return training.Schedule(optimiser.learning_rate_per_worker * world, optimiser.iterations,
-                             optimiser.warmup_iterations, optimiser.warmup_factor)
+                             optimiser.warmup_iterations, optimiser.warmup_factor, optimiser.decay_at,
+                             optimiser.decay_factor)
+
+
+def augmentation_of(config: TrainConfig, skeleton: Skeleton) -> Augmentation | None:
+    """What chance is to do to a sample of these joints; None: nothing.
+
+    Refused with ConfigError: an upper body of joints that the data don't have.
+    """
+    settings = config.augmentation
+    if not settings.enabled:
+        return None
+    upper = settings.half_body_upper
+    unknown = sorted(set(upper or ()) - set(skeleton.joints))
+    if unknown:
+        raise ConfigError(f"augmentation.half_body_upper names {', '.join(unknown)}, but the data have the joints "
+                          f"{', '.join(skeleton.joints)}. Name some of these, or give null for the skeleton's own.")
+    ids = None if upper is None else tuple(skeleton.joints.index(joint) for joint in upper)
+    return Augmentation(**settings.model_dump(exclude={"enabled", "half_body_upper"}), half_body_upper=ids)
 
 
 def gather(worker: Worker, value: Any) -> list[Any]:

@@ -95,7 +95,7 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
     report = training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
         rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, bfloat16=worker.task.intent["precision"] == "bfloat16",
+        occluded=loss.occluded, target_peak=loss.target_peak, bfloat16=worker.task.intent["precision"] == "bfloat16",
         accumulate=optimiser.accumulate, clip_norm=optimiser.clip_norm)
     if worker.average is not None:
         worker.average.update(worker.network)

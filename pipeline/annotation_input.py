@@ -129,7 +129,7 @@ def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]],
     part = next(part for part in dataset.parts if part.name == planned[0]["part"])
     wanted = {one["key"] for one in planned}
     if not earlier:
-        yield from (_sharded_picture(row, boxes, functools.partial(_bytes_of, row))
+        yield from (_sharded_picture(row, boxes, functools.partial(bytes_of, row))
                     for row in shards.iterate_part(dataset, part) if row["key"] in wanted)
         return
     stored = shards.iterate_part(dataset, part, ["key", "bytes", "reason", "error"])
@@ -150,10 +150,11 @@ def _sharded_picture(row: dict[str, Any], boxes: BoxSource, read: Callable[[], b
 
 
 def _next_bytes(stored: Iterator[dict[str, Any]], key: str) -> bytes:
-    return _bytes_of(next(row for row in stored if row["key"] == key))
+    return bytes_of(next(row for row in stored if row["key"] == key))
 
 
-def _bytes_of(row: dict[str, Any]) -> bytes:
+def bytes_of(row: dict[str, Any]) -> bytes:
+    """A shard row's picture; PictureRefused, with the row's own reason, where there is none."""
     if row["bytes"] is None:  # refused when it was sharded: the refusal is carried on
         raise PictureRefused(row["reason"], row["error"])
     return bytes(row["bytes"])

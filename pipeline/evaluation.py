@@ -110,6 +110,12 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if value is not None}
 
 
+def joint_metrics(evaluation: Evaluation, skeleton: Skeleton) -> dict[str, float]:
+    """PCK of each joint that has one, as `pck_<joint>` by the joint's column name, to be stored."""
+    columns = zip(skeleton.columns(), evaluation.joints, strict=True)
+    return {f"pck_{column}": joint.pck for column, joint in columns if joint.pck is not None}
+
+
 def format_evaluation(evaluation: Evaluation) -> str:
     """The evaluation as lines of text for a terminal; what has no value is a dash."""
     counts = evaluation.counts

@@ -8,6 +8,7 @@ logged to an open run is never worth losing a job for: it waits until MLflow is 
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -55,6 +56,7 @@ MAX_DIGEST = 36  # characters in MLflow's tables
 MAX_BATCH = 100  # parameters or tags in one request
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
 SPEC_FILE = "model.json"
+SHA256_TAG = "sha256."  # a version's tag for each file of its model directory
 REQUIREMENTS = ("numpy", "opencv-python-headless", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml",
                 "safetensors", "torch")
 REGISTRY_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
@@ -422,7 +424,8 @@ def register_model_directory(directory: Path, name: str, *, tracking: TrackingCo
 
     Returns name, version, alias, run_id, and `reference` (models:/name/version).
     It becomes a pyfunc from code: our `pipeline` package, the directory as an artifact, a signature, and the
-    requirements of this environment; nothing is pickled and nothing inferred. `alias` then points to it.
+    requirements of this environment; nothing is pickled and nothing inferred. Its tags name the files' SHA-256.
+    `alias` then points to it.
     Without `run_id` a run of its own is opened.
     Refused: a folder without model.json (DataError), tracking that is off (ConfigError).
     """
@@ -434,6 +437,8 @@ def register_model_directory(directory: Path, name: str, *, tracking: TrackingCo
         client = _client(tracking)
         with _mlflow_errors(str(tracking.uri)):
             version = _log_pyfunc(directory, name, tracking=tracking, run_id=str(run.run_id))
+            for file, digest in file_sha256(directory).items():
+                client.set_model_version_tag(name, version, f"{SHA256_TAG}{file}", digest)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version)
     return {"name": name, "version": version, "alias": alias, "run_id": run.run_id,
@@ -557,3 +562,45 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=1)
+
+
+# --- aliases and tags of registered versions ---------------------------------------------------------------
+
+
+def file_sha256(directory: Path) -> dict[str, str]:
+    """SHA-256 in hex of each file below a model directory, by its path there."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def noted_sha256(version: RegisteredVersion, *, tracking: TrackingConfig) -> dict[str, str]:
+    """`file_sha256` of the model directory as it was registered; {} for a version of a program that didn't note it."""
+    client = _client(tracking := located(tracking))
+    with _mlflow_errors(str(tracking.uri)):
+        tags = client.get_model_version(version.name, version.version).tags
+    return {name.removeprefix(SHA256_TAG): value for name, value in tags.items() if name.startswith(SHA256_TAG)}
+
+
+def version_behind(name: str, alias: str, *, tracking: TrackingConfig) -> RegisteredVersion | None:
+    """The version of a registered model that an alias means at this moment; None where it means none."""
+    client = _client(tracking := located(tracking))
+    with _mlflow_errors(str(tracking.uri)):
+        version = client.get_registered_model(name).aliases.get(alias)
+        if version is None:
+            return None
+        return RegisteredVersion(name, str(version), client.get_model_version(name, str(version)).run_id)
+
+
+def move_alias(version: RegisteredVersion, alias: str, *, tracking: TrackingConfig) -> None:
+    """Let the alias mean this version, whatever it meant."""
+    client = _client(tracking := located(tracking))
+    with _mlflow_errors(str(tracking.uri)):
+        client.set_registered_model_alias(version.name, alias, version.version)
+
+
+def tag_version(version: RegisteredVersion, tags: Mapping[str, Any], *, tracking: TrackingConfig) -> None:
+    """Set tags of a registered version; a tag of the same name is replaced."""
+    client = _client(tracking := located(tracking))
+    with _mlflow_errors(str(tracking.uri)):
+        for name, value in tags.items():
+            client.set_model_version_tag(version.name, version.version, name, str(value))

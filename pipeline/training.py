@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, normalise_crops
 from pipeline.model.loss import LossTerms, mspn_loss
 from pipeline.model.mspn import MSPN
-from pipeline.model.targets import draw_targets
+from pipeline.model.targets import TargetPeak, draw_targets
 
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
@@ -30,17 +31,28 @@ DIVERGED = ("Lower optimiser.learning_rate_per_worker or lengthen optimiser.warm
 
 @dataclass(frozen=True)
 class Schedule:
-    """The authors' learning rate (their make_lr_scheduler): warm-up from a share of the peak, then linear to 0."""
+    """The authors' learning rate (their make_lr_scheduler): warm-up from a share of the peak, then linear to 0.
+
+    decay_at  instead of linear: after each of these iterations the rate is multiplied by decay_factor (MMPose's)
+    Refused with ConfigError: steps that don't ascend, or don't lie between the warm-up's end and the last iteration.
+    """
 
     peak: float
     iterations: int
     warmup_iterations: int
     warmup_factor: float
+    decay_at: tuple[int, ...] = ()
+    decay_factor: float = 0.1
 
     def __post_init__(self) -> None:
         if self.warmup_iterations >= self.iterations:
             raise ConfigError(f"optimiser.warmup_iterations is {self.warmup_iterations}, but must be less than "
                               f"optimiser.iterations, {self.iterations}.")
+        bounds = (self.warmup_iterations, *self.decay_at, self.iterations)
+        if self.decay_at and not all(earlier < later for earlier, later in pairwise(bounds)):
+            raise ConfigError(f"optimiser.decay_at is {list(self.decay_at)}, but must ascend from "
+                              f"optimiser.warmup_iterations, {self.warmup_iterations}, to optimiser.iterations, "
+                              f"{self.iterations}. With another number of iterations, change it in proportion.")
 
 
 @dataclass(frozen=True)
@@ -87,10 +99,12 @@ class TrainingState:
 
 
 def learning_rate(iteration: int, schedule: Schedule) -> float:
-    """The rate of an iteration, counted from 1: exactly 0 at the last one."""
+    """The rate of an iteration, counted from 1: with linear decay exactly 0 at the last one."""
     warmup = schedule.warmup_iterations
     if iteration < warmup:
         return schedule.peak * (schedule.warmup_factor + (1 - schedule.warmup_factor) * iteration / warmup)
+    if schedule.decay_at:
+        return schedule.peak * schedule.decay_factor ** sum(iteration > step for step in schedule.decay_at)
     return schedule.peak * (1 - (iteration - warmup) / (schedule.iterations - warmup))
 
 
@@ -116,8 +130,8 @@ def scale_heatmaps(network: MSPN, factor: float) -> None:
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: TrainingBatch, *, iteration: int,
                rate: float, spec: ModelSpec, ohkm_joints: int, occluded: Literal["suppress", "supervise"],
-               bfloat16: bool = False, channels_last: bool = True, accumulate: int = 1,
-               clip_norm: float | None = None) -> StepReport:
+               target_peak: TargetPeak = "maximum", bfloat16: bool = False, channels_last: bool = True,
+               accumulate: int = 1, clip_norm: float | None = None) -> StepReport:
     """One step of the optimiser on one batch. The network (or its distributed wrapper) is in training mode.
 
     bfloat16       the network under autocast; targets and loss are float32 always
@@ -133,7 +147,8 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
     losses = []
     for piece, synchronised in _pieces(network, batch, accumulate):
         with synchronised:
-            loss = _loss(network, piece, spec, ohkm_joints, occluded, bfloat16=bfloat16, channels_last=channels_last)
+            loss = _loss(network, piece, spec, ohkm_joints, occluded, target_peak, bfloat16=bfloat16,
+                         channels_last=channels_last)
             (loss.total / accumulate).backward()  # type: ignore[no-untyped-call]
         losses.append(loss)
     norm = None if clip_norm is None else nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -143,10 +158,11 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
 
 
 def _loss(network: nn.Module, batch: TrainingBatch, spec: ModelSpec, ohkm_joints: int,
-          occluded: Literal["suppress", "supervise"], *, bfloat16: bool, channels_last: bool) -> LossTerms:
+          occluded: Literal["suppress", "supervise"], target_peak: TargetPeak, *, bfloat16: bool,
+          channels_last: bool) -> LossTerms:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = normalise_crops(batch.crops, spec).to(memory_format=layout)
-    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh)
+    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh, peak=target_peak)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         heatmaps = network(images)
     return mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.annotation import PictureToAnnotate, annotate_pictures, annotated_boxes
+from pipeline.annotation_input import bytes_of
 from pipeline.coco import AnnotatedImage, Person, coco_json
 from pipeline.drawing import contact_sheet, draw_persons
 from pipeline.errors import DataError
@@ -22,7 +23,7 @@ from pipeline.rows import AnnotatedPicture, keypoint_table
 from pipeline.shards import ShardDataset, ShardPart, read_part
 
 JOB = "validation"
-COLUMNS = ("key", "etag", "sha256", "image_id", "width", "height", "bytes", "persons")
+COLUMNS = ("key", "etag", "sha256", "image_id", "width", "height", "bytes", "persons", "reason", "error")
 PREVIEWS = 8
 
 
@@ -39,12 +40,14 @@ def validate_part(dataset: ShardDataset, part: ShardPart, predictor: Predictor, 
                   keep_bytes: int = 0) -> list[ValidatedPicture]:
     """The pictures of one shard that have annotations, each person with its own box, crowds left out.
 
+    A picture that was refused when it was sharded counts, without anybody found on it, as it does after `annotate`.
+
     most_persons  stop once the pictures taken hold so many persons
     keep_bytes    of how many pictures with persons the bytes are kept, for `preview_sheet`
     """
     rows = _first_rows(read_part(dataset, part, COLUMNS).to_pylist(), most_persons)
     predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor)
-    kept = {row["key"] for row in [row for row in rows if row["persons"]][:keep_bytes]}
+    kept = {row["key"] for row in [row for row in rows if row["persons"] and row["bytes"]][:keep_bytes]}
     return [ValidatedPicture(picture, _truth(row), row["bytes"] if row["key"] in kept else None)
             for row, picture in zip(rows, predicted, strict=True)]
 
@@ -71,11 +74,11 @@ def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) -> n
 
 
 def _first_rows(rows: list[dict[str, Any]], most_persons: int | None) -> list[dict[str, Any]]:
-    """The annotated pictures; an image_id and bytes are needed to evaluate them."""
+    """The annotated pictures; an image_id is needed to evaluate them."""
     chosen: list[dict[str, Any]] = []
     num_persons = 0
     for row in rows:
-        if row["bytes"] is None or row["persons"] is None or row["image_id"] is None:
+        if row["persons"] is None or row["image_id"] is None:
             continue
         if most_persons is not None and num_persons >= most_persons:
             break
@@ -87,7 +90,7 @@ def _first_rows(rows: list[dict[str, Any]], most_persons: int | None) -> list[di
 def _to_annotate(row: dict[str, Any]) -> PictureToAnnotate:
     picture = {name: row[name] for name in ("key", "image_id", "etag", "sha256", "width", "height")}
     boxes = annotated_boxes(row["persons"])
-    return PictureToAnnotate(picture, lambda: bytes(row["bytes"]), lambda width, height: boxes)
+    return PictureToAnnotate(picture, lambda: bytes_of(row), lambda width, height: boxes)
 
 
 def _truth(row: dict[str, Any]) -> AnnotatedImage:

@@ -1,4 +1,4 @@
-"""The authors' augmentation: their numbers where they can be compared, and what must hold for any draw."""
+"""The authors' augmentation and MMPose's: their numbers where they can be compared, and what must hold for any draw."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from pipeline.pose.augment import (
     half_body_region,
     rotation,
     sample_generator,
+    scale_factor,
     training_sample,
 )
 from pipeline.pose.crop import Region, crop_matrix, crop_person, joints_to_crop, region_for_box
@@ -35,7 +36,7 @@ STILL = Augmentation(
     rotation_probability=0.0,
     flip_probability=0.0,
 )
-MIDDLE = Draws(*[0.5] * 10)
+MIDDLE = Draws(*[0.5] * 13)
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +293,73 @@ def test_over_many_samples_chance_has_the_authors_distribution() -> None:
 def test_a_box_without_extent_is_refused() -> None:
     with pytest.raises(DataError, match="extent"):
         sample(PICTURE, FACE, box=(5.0, 5.0, 0.0, 0.0))
+
+
+# --- what MMPose does otherwise -----------------------------------------------------------------------------------
+
+BODY = keypoints(nose=(0.0, 0.0, 2), left_eye=(60.0, 0.0, 2), right_eye=(0.0, 40.0, 2), left_ear=(10.0, 10.0, 1),
+                 right_ear=(20.0, 10.0, 2), left_elbow=(30.0, 30.0, 2),
+                 left_hip=(100.0, 100.0, 2), right_hip=(130.0, 100.0, 1), left_knee=(100.0, 190.0, 2))
+
+
+def region_of(joints: np.ndarray, augmentation: Augmentation, **draws: float) -> Region:
+    """The region of the box (0, 0, 60, 100) when chance is in the middle but for these draws."""
+    return augmented_region((0.0, 0.0, 60.0, 100.0), joints, skeleton=COCO17, input_size_wh=SIZE,
+                            augmentation=augmentation, draws=replace(MIDDLE, **draws))
+
+
+def test_a_half_body_can_be_centred_on_the_joints_mean_and_grow_by_a_fixed_factor() -> None:
+    mmpose = replace(STILL, half_body_probability=0.3, half_body_min_joints=9, half_body_upper=tuple(range(11)),
+                     half_body_taken_from=3, half_body_needs=2, half_body_center="mean", half_body_scale=1.5,
+                     half_body_extend_wh=(0.0, 0.0))
+    upper = region_of(BODY, mmpose, half_body=0.29, upper_body=0.69)
+    # six joints: x 0 60 0 10 20 30, y 0 0 40 10 10 30; their extent 60x40 is wider than 3:4, so 60x80, times 1.5
+    np.testing.assert_allclose(upper.center_xy, [20, 15])
+    np.testing.assert_allclose(upper.size_wh, [90, 120])
+    lower = region_of(BODY, mmpose, half_body=0.29, upper_body=0.70)
+    # both hips and a knee: 30x90 is narrower than 3:4, so 67.5x90, times 1.5
+    np.testing.assert_allclose(lower.center_xy, [110, 130])
+    np.testing.assert_allclose(lower.size_wh, [101.25, 135])
+    whole = region_of(BODY, mmpose, half_body=0.30)
+    eight = region_of(BODY * (np.arange(17) != 0)[:, None], mmpose, half_body=0.0)
+    for region in (whole, eight):
+        np.testing.assert_allclose(region.center_xy, [30, 50])
+
+
+def test_which_half_is_taken_follows_from_its_least_numbers() -> None:
+    joints = keypoints(nose=(0.0, 0.0, 2), left_eye=(30.0, 0.0, 2), left_knee=(0.0, 50.0, 2), right_knee=(0.0, 90.0, 2),
+                       left_ankle=(30.0, 90.0, 2))
+    least = {"upper_body": COCO17.upper_body, "input_size_wh": SIZE, "growth_wh": (1.0, 1.0)}
+    lower = half_body_region(joints, prefer_upper=True, taken_from=3, needs=2, **least)
+    upper = half_body_region(joints, prefer_upper=False, taken_from=4, needs=2, **least)
+    assert lower is not None
+    assert upper is not None
+    assert (lower.center_xy.tolist(), upper.center_xy.tolist()) == ([15, 70], [15, 0])
+    assert half_body_region(joints, prefer_upper=False, taken_from=4, needs=3, **least) is None
+
+
+@pytest.mark.parametrize(("jitter", "x", "y", "center"), [
+    (0.29, 0.0, 0.0, (18, 30)), (0.29, 0.5, 0.75, (30, 60)), (0.29, 1.0, 0.5, (42, 50)), (0.3, 0.0, 0.0, (30, 50))])
+def test_a_jittered_centre_moves_by_a_share_of_the_boxs_sides(
+        jitter: float, x: float, y: float, center: tuple[float, float]) -> None:
+    jittered = replace(STILL, base_scale=1.25, center_jitter=0.2, center_jitter_probability=0.3)
+    region = region_of(keypoints(), jittered, jitter=jitter, jitter_x=x, jitter_y=y)
+    np.testing.assert_allclose(region.center_xy, center)
+    np.testing.assert_allclose(region.size_wh, [93.75, 125])  # 60x100 is narrower than 3:4, so 75x100, times 1.25
+
+
+@pytest.mark.parametrize(("draw", "deviations"), [
+    (0.0, -2), (0.022, -2), (0.15865525, -1), (0.5, 0), (0.69146246, 0.5), (0.9, 1.2815516), (0.98, 2)])
+def test_normal_angles_and_scales_are_the_quantiles_of_their_draws(draw: float, deviations: float) -> None:
+    # quantiles of the normal distribution from its table; cut off at two deviations for angles, at one for scales
+    normal = replace(AUTHORS, rotation_deg=80.0, rotation_sigma_deg=40.0, scale_range=(0.5, 1.5), scale_sigma=0.5)
+    draws = replace(MIDDLE, rotate=0.0, angle=draw, scale=draw)
+    assert rotation(normal, draws) == pytest.approx(40 * deviations, abs=1e-5)
+    assert scale_factor(normal, draws) == pytest.approx(1 + 0.5 * np.clip(deviations, -1, 1), abs=1e-6)
+
+
+def test_the_first_ten_draws_stay_what_they_were_before_there_were_more() -> None:
+    draws = Draws(*sample_generator(1, 2, 3).random(13))
+    first_ten = sample_generator(1, 2, 3).random(10)
+    assert [draws.width, draws.height, draws.half_body, draws.upper_body, draws.half_width, draws.half_height,
+            draws.scale, draws.rotate, draws.angle, draws.flip] == first_ten.tolist()

@@ -69,9 +69,40 @@ def test_a_value_out_of_range_is_refused_by_name(assignment: str) -> None:
         load_config(ShardConfig, assignments=[assignment], flags=NEEDED)
 
 
+def test_a_later_file_changes_what_it_names_inside_groups_too_and_leaves_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 1\noptimiser: {iterations: 100, warmup_iterations: 10}\n"
+                                          "augmentation: {extend_wh: [0.1, 0.2]}\n")
+    (tmp_path / "longer.yaml").write_text("optimiser:\n  iterations: 200\naugmentation:\n  extend_wh: [0.3, 0.4]\n")
+    files = [str(tmp_path / name) for name in ("recipe.yaml", "longer.yaml")]
+    config = load_config(TrainConfig, files=files, flags={"data": "d", "output": "o"})
+    assert (config.seed, config.optimiser.iterations, config.optimiser.warmup_iterations) == (1, 200, 10)
+    assert config.augmentation.extend_wh == (0.3, 0.4)  # a list is one value
+    turned = load_config(TrainConfig, files=files[::-1], flags={"data": "d", "output": "o"})
+    assert (turned.optimiser.iterations, turned.augmentation.extend_wh) == (100, (0.1, 0.2))
+
+
+def test_config_is_repeatable_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("images: in\noutput: out\nimages_per_shard: 5\n")
+    (tmp_path / "b.yaml").write_text("images_per_shard: 0\n")
+    answer = command("shard", "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml"))
+    assert answer.returncode == 2
+    assert "images_per_shard" in answer.stderr
+    assert "images is needed" not in answer.stderr
+
+
+@pytest.mark.parametrize("assignment", [
+    "augmentation.scale_range=[1.5,0.5]", "augmentation.scale_range=[0,1]", "augmentation.extend_wh=[-0.1,0]",
+    "augmentation.center_jitter=-1", "augmentation.rotation_sigma_deg=0", "augmentation.half_body_center=middle",
+    "optimiser.decay_factor=1", "loss.target_peak=255", "inference.colour=GBR", "inference.blur_kernel=4",
+    "inference.box_padding_wh=[0,1]"])
+def test_a_recipes_values_out_of_range_are_refused_by_name(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=assignment.partition("=")[0]):
+        load_config(TrainConfig, assignments=[assignment], flags={"data": "d", "output": "o"})
+
+
 def test_flags_win_over_assignments_and_these_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("images_per_shard: 1\nseed: 1\nlimit: 1\n")
-    config = load_config(ShardConfig, file=str(tmp_path / "c.yaml"), assignments=["images_per_shard=2", "seed=2"],
+    config = load_config(ShardConfig, files=[str(tmp_path / "c.yaml")], assignments=["images_per_shard=2", "seed=2"],
                          flags={**NEEDED, "images_per_shard": "3"})
     assert (config.images_per_shard, config.seed, config.limit) == (3, 2, 1)
 
@@ -80,7 +111,7 @@ def test_flags_win_over_assignments_and_these_over_the_file(tmp_path: Path) -> N
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
-        load_config(ShardConfig, file=str(tmp_path / "c.yaml"))
+        load_config(ShardConfig, files=[str(tmp_path / "c.yaml")])
 
 
 def test_settings_cannot_be_changed_once_read() -> None:

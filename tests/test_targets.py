@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.targets import KERNELS, draw_targets, gaussian_taps
+from pipeline.model.targets import KERNELS, TargetPeak, draw_targets, gaussian_taps
 
 SIZE = (192, 256)
 
@@ -18,9 +18,10 @@ def golden() -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def drawn(x: float, y: float, *, visible: int = 2, size_wh: tuple[int, int] = SIZE) -> torch.Tensor:
+def drawn(x: float, y: float, *, visible: int = 2, size_wh: tuple[int, int] = SIZE,
+          peak: TargetPeak = "maximum") -> torch.Tensor:
     """The five maps of one joint."""
-    return draw_targets(torch.tensor([[[x, y]]]), torch.tensor([[visible]]), size_wh)[0, :, 0]
+    return draw_targets(torch.tensor([[[x, y]]]), torch.tensor([[visible]]), size_wh, peak=peak)[0, :, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -64,6 +65,38 @@ def test_maps_narrower_than_the_kernel_are_what_opencv_draws_too(size_wh: tuple[
         for target, kernel in zip(maps, KERNELS, strict=True):
             blurred = cv2.GaussianBlur(delta, (kernel, kernel), 0)
             np.testing.assert_allclose(target, 255 * blurred / blurred.max(), rtol=0, atol=1e-3)
+
+
+def test_mmposes_targets_are_opencvs_blur_by_the_value_in_the_joints_cell(golden: dict[str, np.ndarray]) -> None:
+    joints, visible = golden["joints_xy_in_crop"], golden["visibility"][..., 0]
+    targets = draw_targets(torch.from_numpy(joints), torch.from_numpy(visible), SIZE, peak="joint").numpy()
+    above = dict.fromkeys(KERNELS, 0)
+    for person, joint in np.argwhere(visible > 0):
+        if not ((joints[person, joint] >= 0) & (joints[person, joint] < SIZE)).all():
+            continue
+        x, y = (joints[person, joint] / 4).astype(int)
+        delta = np.zeros((64, 48), np.float32)
+        delta[y, x] = 1
+        for target, kernel in zip(targets[person, :, joint], KERNELS, strict=True):
+            blurred = cv2.GaussianBlur(delta, (kernel, kernel), 0)
+            np.testing.assert_allclose(target, 255 * blurred / blurred[y, x], rtol=0, atol=1e-3)
+            assert target[y, x] == 255
+            above[kernel] += target.max() > 255.01
+    # measured on MMPose's own function: up to 333, and 5 to 13 joints, by kernel
+    assert targets.max() == pytest.approx(333, abs=0.5)
+    assert (min(above.values()), max(above.values())) == (5, 13)
+
+
+def test_one_cell_from_a_corner_mmposes_narrowest_map_is_higher_in_the_corner() -> None:
+    # taps 1 4 6 4 1: mirrored at the border, cell 0 gets 4 + 4 and cell 1 gets 6 + 1; both ways 64 / 49
+    narrowest = drawn(5, 6, peak="joint")[-1]
+    assert narrowest[1, 1] == 255
+    assert narrowest[0, 0] == pytest.approx(255 * 64 / 49)
+    assert drawn(5, 6, peak="maximum")[-1, 1, 1] == pytest.approx(255 * 49 / 64)
+
+
+def test_away_from_the_border_both_peaks_give_the_same_maps() -> None:
+    assert torch.equal(drawn(96, 128, peak="joint"), drawn(96, 128, peak="maximum"))
 
 
 def test_targets_asked_for_during_inference_can_be_trained_on_later() -> None:

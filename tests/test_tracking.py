@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import importlib.util
 import json
 import logging
 import socket
@@ -144,6 +145,10 @@ def test_system_metrics_are_logged_for_this_machine(tracking, client, monkeypatc
             time.sleep(0.2)
 
     assert "system/cpu_utilization_percentage" in client.get_run(run.run_id).data.metrics
+
+
+def test_mlflow_finds_the_package_without_which_it_leaves_gpus_out_silently():
+    assert importlib.util.find_spec("pynvml") is not None, "install nvidia-ml-py (make setup)"
 
 
 def test_the_null_run_takes_every_call_and_keeps_nothing(tmp_path, monkeypatch):

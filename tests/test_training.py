@@ -59,6 +59,23 @@ def test_a_warm_up_that_does_not_end_is_refused() -> None:
         training.Schedule(peak=4e-3, iterations=100, warmup_iterations=2400, warmup_factor=0.1)
 
 
+@pytest.mark.parametrize(("iteration", "rate"), [
+    (1, 1.499e-5),     # 5e-3 * (0.001 + 0.999 * 1 / 500)
+    (250, 2.5025e-3),  # 5e-3 * (0.001 + 0.999 / 2)
+    (499, 4.99001e-3), (500, 5e-3), (99_450, 5e-3), (99_451, 5e-4), (117_000, 5e-4), (117_001, 5e-5), (122_850, 5e-5)])
+def test_with_steps_the_rate_falls_after_each_of_them_as_mmposes(iteration: int, rate: float) -> None:
+    # 0.x: 585 iterations an epoch, 5e-3, times 0.1 after epochs 170 and 200 of 210; warm-up 500 from times 0.001
+    schedule = training.Schedule(peak=5e-3, iterations=122_850, warmup_iterations=500, warmup_factor=0.001,
+                                 decay_at=(99_450, 117_000), decay_factor=0.1)
+    assert training.learning_rate(iteration, schedule) == pytest.approx(rate, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay_at", [(20,), (100,), (40, 40), (60, 40), (40, 120)])
+def test_steps_that_do_not_ascend_between_warm_up_and_end_are_refused(decay_at: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"decay_at is .* must ascend from .* 20, to .* 100.*in proportion"):
+        training.Schedule(peak=5e-3, iterations=100, warmup_iterations=20, warmup_factor=0.001, decay_at=decay_at)
+
+
 def test_a_step_is_adam_with_l2_on_every_parameter_written_by_hand() -> None:
     torch.manual_seed(0)
     network, batch, rate = MSPN(TINY).train(), random_batch(), 1e-3

@@ -2,14 +2,19 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from jobs import annotate, annotate_pool, plan, shard, shard_tasks
+from jobs import annotate, annotate_pool, plan, promote, shard, shard_tasks
+from pipeline.config import PromotionConfig
 from pipeline.model import inference
+from pipeline.model_reference import FILES
+from pipeline.shards import ShardDataset
 from pipeline.unit_annotator import Receipt
 from pipeline.units import FrozenJob
+from pipeline.validation import ValidatedPicture
 
 
 class InlineWriter:
@@ -38,6 +43,14 @@ def annotate_inline(output: str, job: FrozenJob, tasks: Iterable[annotate_pool.U
         yield Receipt(**json.loads(receipt))
 
 
+def validate_inline(models: Sequence[Path], data: ShardDataset,
+                    rules: PromotionConfig) -> Iterator[list[list[ValidatedPicture]]]:
+    """_validated_shards without Ray: an actor is an object."""
+    files = [{name: (directory / name).read_bytes() for name in FILES} for directory in models]
+    validator = promote.ModelValidator(promote.Measurement(files, data, inference.CPU, rules.precision, threads=1))
+    return map(validator.validate, range(len(data.parts)))
+
+
 # (module, name in it, what stands there instead)
 WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, name, instead) for module in (annotate, plan, shard) for name, instead in (
@@ -46,6 +59,9 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
     (annotate_pool, "num_cpus", lambda: 1),
+    (promote, "start_ray", contextlib.nullcontext),
+    (promote, "refuse_unshared", lambda **_: None),
+    (promote, "_validated_shards", validate_inline),
     (annotate, "native_precision", lambda *, gpu: inference.native_precision("cuda" if gpu else "cpu")),
     (plan, "num_nodes", lambda: 1),
 ]

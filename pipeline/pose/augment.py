@@ -1,11 +1,12 @@
 """One training sample from one annotated person: the region, what chance does to it, the crop and its joints.
 
-All chance comes from ten uniform numbers drawn at once from the sample's own generator, so a sample depends
+All chance comes from thirteen uniform numbers drawn at once from the sample's own generator, so a sample depends
 on (seed, epoch, annotation id) alone: not on the worker, the order, or what became of the sample before it.
 """
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from statistics import NormalDist
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,7 @@ from pipeline.pose.crop import (
 )
 from pipeline.pose.skeleton import Skeleton
 
-# A half is taken if it has more joints than this, and given up if both together leave fewer than three.
-HALF_TAKEN_ABOVE = 3
-HALF_NEEDS = 3
+LEAST_CHANCE = 2.0**-54  # half the smallest step of a drawn number, in place of 0: no normal number belongs to that
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,40 @@ class Augmentation:
 
     base_scale              factor on both sides of the box, instead of the padding at test time
     extend_wh               each side grows by up to this share of itself, uniformly
+    center_jitter           the box's centre moves by up to this share of the box's sides, uniformly in both
+                            directions, with center_jitter_probability (MMPose's)
     half_body_probability   of showing only the upper or lower joints, where half_body_min_joints are labelled
-    upper_body_probability  of preferring the upper ones; theirs is P(normal < 0.5)
-    half_body_extend_wh     as extend_wh, of the extent of the chosen joints
+    half_body_upper         ids of the upper joints; None: the skeleton's own
+    upper_body_probability  of preferring the upper ones; theirs, and MMPose's, is P(normal < 0.5)
+    half_body_taken_from    a half is taken if it has so many labelled joints
+    half_body_needs         with fewer in either there is no half body
+    half_body_center        the middle of the chosen joints' "extent", or their "mean" (MMPose's)
+    half_body_scale         factor on both sides of the chosen joints' extent
+    half_body_extend_wh     as extend_wh, of that extent
     scale_range             factor on the region, uniform; theirs is 0.8 times (0.75, 1.25)
+    scale_sigma             instead of uniform: normal about the middle of scale_range, cut off at its ends (MMPose's)
     rotation_deg            the largest angle, uniform in both directions, with rotation_probability
+    rotation_sigma_deg      instead of uniform: normal about 0, cut off at rotation_deg (MMPose's)
     flip_probability        of mirroring
     """
 
     base_scale: float = 1.05
     extend_wh: tuple[float, float] = (0.6, 0.8)
+    center_jitter: float = 0.0
+    center_jitter_probability: float = 0.0
     half_body_probability: float = 0.3
     half_body_min_joints: int = 4
+    half_body_upper: tuple[int, ...] | None = None
     upper_body_probability: float = 0.6915
+    half_body_taken_from: int = 4
+    half_body_needs: int = 3
+    half_body_center: Literal["extent", "mean"] = "extent"
+    half_body_scale: float = 1.0
     half_body_extend_wh: tuple[float, float] = (0.6, 0.8)
     scale_range: tuple[float, float] = (0.6, 1.0)
+    scale_sigma: float | None = None
     rotation_deg: float = 45.0
+    rotation_sigma_deg: float | None = None
     rotation_probability: float = 0.5
     flip_probability: float = 0.5
 
@@ -58,7 +75,10 @@ NO_AUGMENTATION: Final = None  # the test-time region, nothing random
 
 @dataclass(frozen=True)
 class Draws:
-    """The ten uniform numbers in [0, 1) that decide a sample."""
+    """The uniform numbers in [0, 1) that decide a sample, in the order in which they are drawn.
+
+    A new one goes to the end: all samples of older programs stay what they were.
+    """
 
     width: float
     height: float
@@ -70,6 +90,9 @@ class Draws:
     rotate: float
     angle: float
     flip: float
+    jitter: float
+    jitter_x: float
+    jitter_y: float
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,7 @@ def training_sample(
         region = region_for_box(box_xywh, input_size_wh, padding_wh=padding_wh)
         matrix, flipped = crop_matrix(region, input_size_wh), False
     else:
-        draws = Draws(*generator.random(10).tolist())
+        draws = Draws(*generator.random(len(fields(Draws))).tolist())
         region = augmented_region(
             box_xywh, keypoints, skeleton=skeleton, input_size_wh=input_size_wh,
             augmentation=augmentation, draws=draws,
@@ -143,27 +166,32 @@ def augmented_region(
     augmentation: Augmentation,
     draws: Draws,
 ) -> Region:
-    """The region of a training sample: the box grown by chance, or half a body, then scaled by chance."""
+    """The region of a training sample: the box grown and moved by chance, or half a body, then scaled by chance."""
     padding_wh = (
         augmentation.base_scale * (1 + augmentation.extend_wh[0] * draws.width),
         augmentation.base_scale * (1 + augmentation.extend_wh[1] * draws.height),
     )
     region = region_for_box(box_xywh, input_size_wh, padding_wh=padding_wh)
+    if draws.jitter < augmentation.center_jitter_probability:
+        away = augmentation.center_jitter * (2 * np.array([draws.jitter_x, draws.jitter_y]) - 1)
+        region = Region(region.center_xy + away * np.array(box_xywh[2:], np.float64), region.size_wh)
     num_labelled = int((keypoints[:, 2] > 0).sum())
     if num_labelled >= augmentation.half_body_min_joints and draws.half_body < augmentation.half_body_probability:
         half = half_body_region(
             keypoints,
-            upper_body=skeleton.upper_body,
+            upper_body=skeleton.upper_body if augmentation.half_body_upper is None else augmentation.half_body_upper,
             input_size_wh=input_size_wh,
             prefer_upper=draws.upper_body < augmentation.upper_body_probability,
             growth_wh=(
-                1 + augmentation.half_body_extend_wh[0] * draws.half_width,
-                1 + augmentation.half_body_extend_wh[1] * draws.half_height,
+                augmentation.half_body_scale * (1 + augmentation.half_body_extend_wh[0] * draws.half_width),
+                augmentation.half_body_scale * (1 + augmentation.half_body_extend_wh[1] * draws.half_height),
             ),
+            taken_from=augmentation.half_body_taken_from,
+            needs=augmentation.half_body_needs,
+            center=augmentation.half_body_center,
         )
         region = half or region
-    low, high = augmentation.scale_range
-    return Region(region.center_xy, region.size_wh * (low + (high - low) * draws.scale))
+    return Region(region.center_xy, region.size_wh * scale_factor(augmentation, draws))
 
 
 def half_body_region(
@@ -173,30 +201,51 @@ def half_body_region(
     input_size_wh: tuple[int, int],
     prefer_upper: bool,
     growth_wh: tuple[float, float],
+    taken_from: int = 4,
+    needs: int = 3,
+    center: Literal["extent", "mean"] = "extent",
 ) -> Region | None:
-    """The region of the upper or lower labelled joints of keypoints [K, 3], or None where they are too few.
+    """The region of the upper or lower labelled joints of keypoints [K, 3], or None where they are fewer than needed.
 
-    The upper is taken if it is preferred and has more than three joints; else the lower if that has more than
-    three; else the upper. Its extent grows by the factors growth_wh.
+    The upper is taken if it is preferred and has `taken_from` joints; else the lower if that has so many; else the
+    upper. Its extent grows by the factors growth_wh, around its own middle or the mean of the joints.
     """
     labelled = keypoints[:, 2] > 0
     is_upper = np.isin(np.arange(len(keypoints)), upper_body)
     upper, lower = keypoints[labelled & is_upper, :2], keypoints[labelled & ~is_upper, :2]
-    take_upper = (prefer_upper and len(upper) > HALF_TAKEN_ABOVE) or len(lower) <= HALF_TAKEN_ABOVE
+    take_upper = (prefer_upper and len(upper) >= taken_from) or len(lower) < taken_from
     chosen = upper if take_upper else lower
-    if len(chosen) < HALF_NEEDS:
+    if len(chosen) < needs:
         return None
     least, most = chosen.min(axis=0), chosen.max(axis=0)
     if not (most > least).any():
         return None
-    return Region((least + most) / 2, fit_aspect((most - least) * growth_wh, input_size_wh))
+    middle = chosen.mean(axis=0) if center == "mean" else (least + most) / 2
+    return Region(middle, fit_aspect((most - least) * growth_wh, input_size_wh))
+
+
+def scale_factor(augmentation: Augmentation, draws: Draws) -> float:
+    """The factor on the region that the draws give."""
+    low, high = augmentation.scale_range
+    if augmentation.scale_sigma is None:
+        return low + (high - low) * draws.scale
+    return _clipped_normal(draws.scale, low, high, sigma=augmentation.scale_sigma)
 
 
 def rotation(augmentation: Augmentation, draws: Draws) -> float:
     """The angle in degrees that the draws give."""
     if draws.rotate >= augmentation.rotation_probability:
         return 0.0
-    return augmentation.rotation_deg * (2 * draws.angle - 1)
+    most = augmentation.rotation_deg
+    if augmentation.rotation_sigma_deg is None:
+        return most * (2 * draws.angle - 1)
+    return _clipped_normal(draws.angle, -most, most, sigma=augmentation.rotation_sigma_deg)
+
+
+def _clipped_normal(uniform: float, low: float, high: float, *, sigma: float) -> float:
+    """The normal number that belongs to a uniform one in [0, 1), about the middle of low and high, cut off at them."""
+    normal = NormalDist((low + high) / 2, sigma).inv_cdf(max(uniform, LEAST_CHANCE))
+    return min(max(normal, low), high)
 
 
 def augmented_matrix(
