@@ -148,13 +148,11 @@ def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingS
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
-        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons"})
+        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
         intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
-    if config.keep != "last":  # a run that was begun before the setting existed has the default
-        intent["keep"] = config.keep
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
     if any(one != DataConfig(uri=one.uri) for one in config.data):
