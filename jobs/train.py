@@ -1,8 +1,8 @@
 """Shard datasets -> a model directory, by Ray Train: freeze, train on every worker, validate, put the model, register.
 
 Each worker is fed by its own Ray Data pipeline, which decodes a picture once, cuts its persons out, and hands over
-uint8 crops and joints. Ray Train keeps checkpoints under `<output>/_checkpoints`; the same command goes on from the
-last one, whatever ended the run before. `model.json`, put last, makes the output a model directory.
+uint8 crops and joints. Checkpoints lie under `<output>/_checkpoints`; the same command goes on from the last one,
+whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ from jobs.promote import open_frozen_set, promote, refuse_unpromotable
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
-from pipeline import samples, storage, tracking
+from pipeline import checkpoints, samples, storage, tracking
 from pipeline.config import DataConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import TrainingSet, joint_indices, joints_text
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
@@ -30,8 +31,8 @@ from pipeline.shards import ShardDataset, open_shards
 from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
 
 logger = logging.getLogger("jobs.train")
-CHECKPOINTS = "_checkpoints"
-MAX_FAILURES = 3  # of worker groups; each restart costs some 20 s and what came after the last checkpoint
+RAY_TRAIN = "_ray_train"  # what Ray Train writes under the output: a marker by which workers prove that they see it
+MAX_FAILURES = 3  # of worker groups between checkpoints; each restart costs 20 s and what came after the last one
 WORKER_ENVIRONMENT = {
     # threads that spin while they wait starve each other on a busy machine: 1.0 samples/s became 5.7 with two of them
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -46,6 +47,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = locations(config, "data", "output", "val", "trunk")
     config = config.model_copy(update={"tracking": tracking.located(config.tracking),
                                        "promotion": locations(config.promotion, "data")})
+    if config.keep == "best" and config.val is None:
+        raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
+                          "keep=last.")
     uris = [*(one.uri for one in config.data), *filter(None, [config.val])]
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
@@ -56,6 +60,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if storage.exists(storage.join(config.output, SPEC_FILE)):
         _refuse_other_model(config, job, inputs, sets)
         logger.info("%s holds the finished model; nothing was trained", config.output)
+        _send_unsent(config, job)
     else:
         if job is None:
             storage.prove_put_if_absent(config.output)
@@ -143,7 +148,7 @@ def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingS
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
-        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons"})
+        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
     if config.workers == "auto":
         intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
     if config.precision == "auto":
@@ -236,7 +241,28 @@ def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
 
 
 def _fit(task: TrainTask) -> None:
-    """Run Ray Train to the end of the schedule, from its last checkpoint under this output if there is one."""
+    """Run Ray Train to the end of the schedule, from the output's last checkpoint if there is one.
+
+    Who trains on spot machines loses more than a few of them: failures count only until the next checkpoint.
+    """
+    import ray.train
+
+    while True:
+        begun_from = checkpoints.list_checkpoints(task.config.output)
+        try:
+            answer = _trainer(task).fit().return_value
+            break
+        except ray.train.TrainingFailedError as error:
+            reached = checkpoints.list_checkpoints(task.config.output)
+            if reached[-1:] == begun_from[-1:]:
+                raise _plain(error) from None
+            logger.warning("the workers failed %d times, but got on to iteration %d: training goes on from there",
+                           MAX_FAILURES + 1, reached[-1].iteration)
+    if answer is not None:
+        raise DataError(answer)
+
+
+def _trainer(task: TrainTask) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -247,23 +273,15 @@ def _fit(task: TrainTask) -> None:
         logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: training waits until "
                        "there are more", least, least + 1, cpus)
     filesystem, path = storage.arrow_filesystem(task.config.output)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker, train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=use_gpu),
-        # the same name at the same place: Ray Train finds its own last checkpoint there
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS, storage_path=path, storage_filesystem=filesystem,
+            name=RAY_TRAIN, storage_path=path, storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=task.config.keep_checkpoints),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
             logging_config=ray.train.LoggingConfig(log_level="WARNING")))
-    try:
-        answer = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise _plain(error) from None
-    if answer is not None:
-        raise DataError(answer)
 
 
 def _plain(error: Exception) -> Exception:
@@ -274,8 +292,23 @@ def _plain(error: Exception) -> Exception:
             if isinstance(cause, ConfigError | DataError | OSError):
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
-    return OSError(f"training failed {MAX_FAILURES + 1} times; its checkpoints stay, and the same command goes on from "
-                   f"the last one. {error}")
+    return OSError(f"training failed {MAX_FAILURES + 1} times without another checkpoint; those that there are stay, "
+                   f"and the same command goes on from the last one. {error}")
+
+
+def _send_unsent(config: TrainConfig, job: FrozenJob | None) -> None:
+    """Give MLflow what it lacks of a run at whose end it couldn't be reached; a warning where it still can't."""
+    unsent = stored_metrics(config.output)
+    if not unsent or job is None or not config.tracking.enabled:
+        return
+    try:
+        with tracking.open_run(config.tracking, name="train", run_id=job.about["run_id"], ends=True) as run:
+            run.log_later(unsent)
+            run.flush(now=True)
+    except tracking.TrackingError as error:
+        logger.warning("%d metrics of the run stay beside the output: %s", len(unsent), error)
+        return
+    store_waiting(config.output, run.waiting_metrics())
 
 
 def _result(config: TrainConfig) -> dict[str, Any]:
@@ -289,16 +322,20 @@ def _result(config: TrainConfig) -> dict[str, Any]:
             promotion = _promote(config, directory, spec, registered["reference"])
     source = spec.source
     return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
-            "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "model_digest": digest,
-            "run_id": source["run_id"], "registered": registered, "promotion": promotion}
+            "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "best": source.get("best"),
+            "model_digest": digest, "run_id": source["run_id"], "registered": registered, "promotion": promotion}
 
 
 def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:
     marker = storage.join(config.output, f"_registered-{config.register_as}.json")
     if storage.exists(marker):
         return dict(json.loads(storage.read_object(marker)))
-    registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
-                                                   run_id=spec.source["run_id"], alias=config.alias)
+    try:
+        registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
+                                                       run_id=spec.source["run_id"], alias=config.alias)
+    except tracking.TrackingError as error:
+        raise tracking.TrackingError(f"The model is whole, at {config.output}, but not registered: {error} The same "
+                                     "command registers it once MLflow answers; nothing is trained again.") from None
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
 

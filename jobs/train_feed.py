@@ -82,7 +82,10 @@ def _num_feeders(worker: Worker) -> int:
 def _cpus_of_feeder(worker: Worker) -> float:
     """A whole CPU for each task of one dataset. Those of several share them, so that all can run at any time: a rank
     waits for each dataset in turn, while full tasks of the others keep their CPUs."""
-    return round(min(max(_free_cpus(worker), 0.1), 1) / len(worker.task.sets), 3)
+    free = _free_cpus(worker)
+    if free <= 0:
+        return 0  # the workers have taken all CPUs, as elastic ones do: tasks that waited for one would never run
+    return round(min(max(free, 0.1), 1) / len(worker.task.sets), 3)
 
 
 def _free_cpus(worker: Worker) -> float:

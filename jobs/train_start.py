@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from jobs.train_task import INIT_FOLDER, STATE_FILE, TrainTask, Worker, gather
+from jobs.train_checkpoints import restore
+from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
 from pipeline.averaging import WeightAverage
 from pipeline.config import InferenceConfig, TrainConfig
@@ -36,15 +37,13 @@ def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
     decay = task.config.optimiser.ema_decay
     average = None if decay is None else WeightAverage(network, decay=decay)
-    state = _restore(network, optimiser, average) or training.TrainingState(0, ((0,) * len(task.sets),) * world)
-    if rank == 0 and state.iteration:
-        logger.info("going on after iteration %d", state.iteration)
+    state = (restore(task, network, optimiser, average, rank=rank, world=world)
+             or training.TrainingState(0, ((0,) * len(task.sets),) * world))
     if task.config.sync_batch_norm and world > 1:
         synchronise_batch_norms(network)
     if task.config.checkpoint_activations:
         recompute_activations(network)
-    # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-    wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
+    wrapped = network if world == 1 else averaging(network)
     worker = Worker(task, rank, world, device, spec, network, wrapped, optimiser, state.iteration,
                     training.positions_of(state, rank=rank, world=world), average)
     if task.config.compile is not None:
@@ -59,6 +58,26 @@ def _refuse_uncompilable(worker: Worker) -> None:
     for problem in filter(None, problems):
         raise ConfigError(f"compile={worker.task.config.compile} needs a compiler on each worker's machine. {problem}; "
                           "or leave compile out, in a new --output.")
+
+
+def averaging(network: MSPN) -> torch.nn.Module:
+    """The network in a wrapper that averages gradients over the ranks, adding them up alike after every restart.
+
+    The wrapper lays its buckets out anew after the first backward pass, in the order in which gradients came. From
+    three ranks on, a sum's rounding depends on where in a bucket a gradient lies, so that a run that goes on, whose
+    first pass is another one, would leave the unbroken one's way. A rehearsal comes before either's first iteration.
+    """
+    # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
+    wrapped = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    width, height = network.config.input_size_wh
+    images = torch.zeros((2, 3, height, width), device=next(network.parameters()).device)
+    sum(heatmaps.sum() for stage in wrapped(images) for heatmaps in stage).backward()
+    network.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in zip(network.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+    return wrapped
 
 
 def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
@@ -115,14 +134,3 @@ def _refuse_other_inference(config: TrainConfig, spec: ModelSpec) -> None:
         raise ConfigError(f"init {config.init}: it was trained with inference {own.model_dump(mode='json')}, but asked "
                           f"for is {config.inference.model_dump(mode='json')}. Give the model's own, or begin from "
                           "another one.")
-
-
-def _restore(network: MSPN, optimiser: torch.optim.Optimizer,
-             average: WeightAverage | None) -> training.TrainingState | None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return training.load_state(Path(folder, STATE_FILE).read_bytes(), network, optimiser, average)

@@ -17,7 +17,6 @@ from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset
 
 INIT_FOLDER = "_init"
-STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True)

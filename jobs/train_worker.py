@@ -9,20 +9,24 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from jobs.train_checkpoints import Keeper
 from jobs.train_feed import sample_batches
 from jobs.train_progress import REPORT_EVERY, Progress, validate
 from jobs.train_start import open_worker
-from jobs.train_task import STATE_FILE, TrainTask, Worker, gather, schedule_of
-from pipeline import tracking, training
+from jobs.train_task import TrainTask, Worker, gather, schedule_of
+from pipeline import checkpoints, tracking, training
+from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import positions_after
-from pipeline.model.directory import save_model
-from pipeline.model_reference import put_model
+from pipeline.model.directory import add_to_source, save_model
+from pipeline.model_reference import FILES, download_model, put_model
 from pipeline.samples import Arrays
 
 logger = logging.getLogger("jobs.train")
@@ -43,26 +47,40 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     failure = None
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
+    where = _store_unsent(worker, run)
+    if where:
+        logger.warning("what MLflow lacks is in %s; the same command sends it once MLflow is back", where)
     return failure
+
+
+def _store_unsent(worker: Worker, run: tracking.Run) -> str | None:
+    """Keep beside the output what MLflow doesn't have; a later worker, or the same command, sends it."""
+    if run.run_id is None:
+        return None
+    return store_waiting(worker.task.config.output, run.waiting_metrics())
 
 
 def _train(worker: Worker, run: tracking.Run) -> str | None:
     """The rank's iterations. Metrics are looked at together every few of them, so that none waits for a number."""
     config, schedule = worker.task.config, schedule_of(worker.task.config, world=worker.world)
     batches = sample_batches(worker)
-    progress = Progress(worker, run)
+    progress, keeper = Progress(worker, run), Keeper(worker)
     evaluation: dict[str, float] = {}
     while worker.iteration < schedule.iterations:
         progress.took(_step(worker, progress.waited(batches), schedule))
         due = worker.iteration % config.validate_every == 0 or worker.iteration == schedule.iterations
-        if due or worker.iteration % REPORT_EVERY == 0:
-            failures = [found for found in gather(worker, training.divergence(progress.reports)) if found]
-            if failures:
-                return str(failures[0])
-            progress.log_metrics()
+        if not due and worker.iteration % REPORT_EVERY:
+            continue
+        if failure := _divergence(worker, progress.reports, look_inside=due):
+            return f"{failure} {keeper.last_good()}"
+        progress.log_metrics()
+        leaves = keeper.machine_leaves()
         if due:
             evaluation = validate(worker, run)
-            _keep(worker, evaluation)
+        if due or leaves:
+            if failure := _keep(worker, evaluation if due else {}, keeper):
+                return failure
+            _store_unsent(worker, run)
             progress.restart()
     if worker.task.val is not None and not evaluation:
         evaluation = validate(worker, run)
@@ -84,20 +102,31 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
     return report
 
 
-def _keep(worker: Worker, evaluation: dict[str, float]) -> None:
-    """A checkpoint, and Ray Train's word on it. All ranks wait for it here."""
+def _divergence(worker: Worker, reports: Sequence[training.StepReport], *, look_inside: bool) -> str | None:
+    """What is wrong with any rank's losses, or with the network that is about to be kept; the same on every rank."""
+    found = training.divergence(reports)
+    if found is None and look_inside:
+        found = (training.not_finite(worker.network, iteration=worker.iteration)
+                 or training.not_finite(worker.result, iteration=worker.iteration))
+    return next((each for each in gather(worker, found) if each), None)
+
+
+def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str | None:
+    """A checkpoint, and word of it to Ray Train. All ranks wait for it here; what to stop with, on all of them."""
     import ray.train
 
     positions = tuple(gather(worker, worker.positions))
-    name = f"iteration-{worker.iteration:07d}"
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if worker.rank == 0:
-            state = training.TrainingState(worker.iteration, positions)
-            Path(folder, STATE_FILE).write_bytes(training.state_bytes(worker.network, worker.optimiser, state,
-                                                                      worker.average))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"iteration": worker.iteration, **evaluation}, checkpoint=checkpoint, checkpoint_dir_name=name)
+    files: dict[str, bytes] = {}
+    if worker.rank == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
+            files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
+        state = training.TrainingState(worker.iteration, positions)
+        files[STATE_FILE] = training.state_bytes(worker.network, worker.optimiser, state, worker.average)
+    failure = keeper.keep(files)
+    # without the checkpoint itself: Ray Train would list it in a file that a kill can leave half-written
+    ray.train.report({"iteration": worker.iteration, **evaluation})
+    return failure
 
 
 def _put(worker: Worker, evaluation: dict[str, float]) -> None:
@@ -105,10 +134,32 @@ def _put(worker: Worker, evaluation: dict[str, float]) -> None:
     num_samples = sum(map(sum, gather(worker, worker.positions)))
     if worker.rank != 0:
         return
-    source = worker.task.source | {"iterations": worker.iteration, "samples": num_samples, "evaluation": evaluation}
+    config = worker.task.config
+    best = _best(worker, evaluation)
+    about = {"best": best and {"iteration": best.iteration, "ap": best.ap}}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder, "model"), worker.result, worker.spec.model_copy(update={"source": source}))
-        put_model(Path(folder, "model"), worker.task.config.output)
+        directory = Path(folder, "model")
+        if config.keep == "best" and best is not None and best.iteration != worker.iteration:
+            directory.mkdir()
+            add_to_source(download_model(best.uri, directory), about)
+        else:
+            _save(worker, directory, _source(worker, num_samples, evaluation) | about)
+        put_model(directory, config.output)
+
+
+def _best(worker: Worker, evaluation: dict[str, float]) -> Checkpoint | None:
+    """The best of the checkpoints and of what the worker holds, which a full disk may have kept from being one."""
+    output = worker.task.config.output
+    now = Checkpoint(checkpoints.checkpoint_uri(output, worker.iteration), worker.iteration, evaluation.get("ap"))
+    return checkpoints.best_checkpoint([now, *checkpoints.list_checkpoints(output)])
+
+
+def _source(worker: Worker, num_samples: int, evaluation: dict[str, float]) -> dict[str, Any]:
+    return worker.task.source | {"iterations": worker.iteration, "samples": num_samples, "evaluation": evaluation}
+
+
+def _save(worker: Worker, directory: Path, source: dict[str, Any]) -> None:
+    save_model(directory, worker.result, worker.spec.model_copy(update={"source": source}))
 
 
 # --- the process --------------------------------------------------------------------------------------------------
@@ -136,9 +187,13 @@ def _threads() -> int:
     return max(1, (os.cpu_count() or 1) // int(ray.train.get_context().get_local_world_size()))
 
 
-def _worker_run(task: TrainTask, rank: int) -> contextlib.AbstractContextManager[tracking.Run]:
-    """The driver's run, continued by rank 0; the others keep nothing."""
+@contextlib.contextmanager
+def _worker_run(task: TrainTask, rank: int) -> Iterator[tracking.Run]:
+    """The driver's run, continued by rank 0, also while MLflow doesn't answer; the others keep nothing."""
     settings = task.config.tracking
     if rank != 0 or task.run_id is None:
         settings = settings.model_copy(update={"enabled": False})
-    return tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True)
+    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False) as run:
+        if run.run_id is not None:
+            run.log_later(stored_metrics(task.config.output))
+        yield run

@@ -205,7 +205,10 @@ class TrainConfig(Settings):
     threads: int | None = Field(None, ge=1)
     validate_every: int = Field(2400, ge=1, description="iterations between validations and checkpoints")
     validate_persons: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest so many, and the best")
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights become the model: the last iteration's, as the authors', or those of the "
+                            "checkpoint with the highest validation AP")
     trunk: str | None = Field(None, description="a ResNet-50 state dict for every stage's trunk")
     init: str | None = Field(None, description="a model to begin from")
     heatmap_scale: float = Field(1.0, gt=0, description="of an untrained network's heatmaps; more for a short run")

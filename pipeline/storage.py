@@ -26,7 +26,7 @@ __all__ = [
     "ABOUT_THE_OBJECT", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing", "StorageError",
     "StoredObject", "arrow_filesystem", "describe_object", "exists", "is_remote", "join", "list_objects", "normalise",
     "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap",
-    "remove_own", "stored_sha256",
+    "remove_empty_folder", "remove_own", "stored_sha256",
 ]
 
 # What is about one object; any other StorageError is about the service, and never becomes a row.
@@ -67,6 +67,9 @@ class Side(Protocol):
 
     def remove(self, uri: str) -> None:
         """Remove a temporary of our own."""
+
+    def remove_folder(self, uri: str) -> None:
+        """Remove a folder with nothing in it, where there are folders."""
 
     def arrow_filesystem(self, uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         """For pyarrow."""
@@ -184,6 +187,12 @@ def remove_own(uri: str) -> None:
     """
     uri = normalise(uri)
     _side(uri).remove(uri)
+
+
+def remove_empty_folder(uri: str) -> None:
+    """Remove the folder in which our temporaries were, if nothing is left in it; a bucket has no folders."""
+    uri = normalise(uri)
+    _side(uri).remove_folder(uri)
 
 
 def prove_put_if_absent(prefix_uri: str) -> None:

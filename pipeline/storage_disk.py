@@ -110,6 +110,12 @@ def remove(uri: str) -> None:
         raise StorageError(f"{uri}: removing the probe failed: {error.strerror}. Remove it by hand.") from error
 
 
+def remove_folder(uri: str) -> None:
+    """Remove the folder if it is empty."""
+    with contextlib.suppress(OSError):
+        os.rmdir(uri)
+
+
 def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """pyarrow's filesystem for local paths, and the path."""
     import pyarrow.fs

@@ -183,6 +183,10 @@ def remove(uri: str) -> None:
         _retried(uri, lambda: _connection().client.delete_object(Bucket=bucket, Key=key))
 
 
+def remove_folder(uri: str) -> None:
+    """A bucket has no folders."""
+
+
 def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """pyarrow's S3 filesystem with what the SDK found, and `bucket/key`.
 

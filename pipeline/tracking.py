@@ -4,7 +4,7 @@ The one importer of mlflow, with pipeline/pyfunc.py, which MLflow itself runs. I
 so it is imported when first needed. It knows no Ray: another process goes on with a run by its id.
 
 Opening a run, registering and resolving a model raise `TrackingError` where MLflow can't be used. What is
-logged to an open run is never worth losing a job for: a failure there is a warning in our own log.
+logged to an open run is never worth losing a job for: it waits until MLflow is back, and a warning says so.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import numpy.typing as npt
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import LoggedMetric, MetricsBuffer
 
 logger = logging.getLogger("pipeline.tracking")
 
@@ -42,10 +44,14 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_UV_AUTO_DETECT": "false",  # requirements are given explicitly, whatever folder the job runs in
 }
-# A call that fails after so long has waited for a server that isn't there; a training that logs every few
-# seconds mustn't wait each time.
-SLOW_S = 1.0
-PAUSE_S = 120
+# A training that logs every few seconds mustn't wait each time for a server that isn't there: after an attempt that
+# failed none is made for so long, or longer, so that waiting takes at most this share of the time.
+PAUSE_S = 60
+MAX_SHARE = 0.05
+MAX_OTHERS = 50  # pictures, tags and the like that wait; a sheet of pictures is half a megabyte
+MAX_METRICS = 1000  # MLflow's own limit for one request
+# MLflow's words for what no later attempt would mend; all else, also a proxy's 404 or 403, may pass
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}
 MAX_DIGEST = 36  # characters in MLflow's tables
 MAX_BATCH = 100  # parameters or tags in one request
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
@@ -74,16 +80,29 @@ class RegisteredVersion:
         return f"models:/{self.name}/{self.version}"
 
 
+class TrackingRefused(TrackingError):
+    """MLflow was there, and won't take it, now or later."""
+
+
 class Run:
-    """An open run, or the null run that takes the same calls and keeps nothing (`run_id`, `url`: None)."""
+    """An open run, or the null run that takes the same calls and keeps nothing (`run_id`, `url`: None).
+
+    While MLflow can't be reached what is logged waits: all metrics, within reason, and some of everything else. It is
+    sent when MLflow is back, at the latest when the run is closed.
+    """
 
     def __init__(self, client: Any = None, *, location: str = "", run_id: str | None = None,
-                 url: str | None = None) -> None:
+                 url: str | None = None, connect: Callable[[], Any] | None = None) -> None:
         self._client = client
+        self._connect = connect
         self._location = location
         self.run_id = run_id
         self.url = url
-        self._paused_until = 0.0
+        self._metrics = MetricsBuffer()
+        self._others: deque[tuple[str, Callable[[Any, str], None]]] = deque()
+        self._lost: list[str] = []
+        self._away_since: float | None = None
+        self._again_at = 0.0
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Keep settings, nested ones as `a.b`. What the run already has stays: a resumed run began so."""
@@ -99,14 +118,15 @@ class Run:
 
     def log_metrics(self, metrics: Mapping[str, float | None], *, step: int = 0) -> None:
         """Keep numbers at a step; those that are None don't exist and are left out."""
-        def send(client: Any, run_id: str) -> None:
-            from mlflow.entities import Metric
+        now_ms = int(time.time() * 1000)
+        self.log_later(LoggedMetric(name, float(value), step, now_ms)
+                       for name, value in metrics.items() if value is not None)
+        self.flush()
 
-            now_ms = int(time.time() * 1000)
-            client.log_batch(run_id, metrics=[Metric(name, float(value), now_ms, step)
-                                              for name, value in metrics.items() if value is not None])
-
-        self._send("metrics", send)
+    def log_later(self, metrics: Iterable[LoggedMetric]) -> None:
+        """Let numbers wait for the next `flush`: what another process couldn't send."""
+        if self.run_id is not None:
+            self._metrics.add(metrics)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag of the same name is replaced."""
@@ -142,18 +162,93 @@ class Run:
         """Keep a JSON-able dict as the artifact `name`."""
         self._send(name, lambda client, run_id: client.log_text(run_id, _json(value), name))
 
-    def _send(self, what: str, send: Callable[[Any, str], None], *, always: bool = False) -> None:
-        began = time.monotonic()
-        if self._client is None or self.run_id is None or (began < self._paused_until and not always):
+    def waiting_metrics(self) -> list[LoggedMetric]:
+        """The numbers that MLflow doesn't have yet."""
+        return list(self._metrics.waiting)
+
+    def flush(self, *, now: bool = False) -> None:
+        """Send what waits. A while after an attempt that failed nothing is tried again, except `now`."""
+        if self.run_id is None or (time.monotonic() < self._again_at and not now):
             return
+        while self._metrics.waiting:
+            if not self._attempt("metrics", self._send_metrics):
+                return
+        while self._others and self._attempt(*self._others[0]):
+            self._others.popleft()
+
+    def close(self, *, end: Callable[[Any, str], None] | None = None) -> None:
+        """Send what waits, and the end of the run; say what is lost with this process."""
+        if end is not None:
+            self._others.append(("the end of the run", end))
+        if self._others or self._metrics.waiting:
+            self.flush(now=True)
+        lost = [*self._lost, *(what for what, _ in self._others)]
+        if self._metrics.waiting or self._metrics.dropped or lost:
+            logger.warning("MLflow at %s is not back. It lacks %d metrics%s", without_credentials(self._location),
+                           len(self._metrics.waiting) + self._metrics.dropped,
+                           "".join(f", {what}" for what in lost))
+
+    def _send(self, what: str, send: Callable[[Any, str], None]) -> None:
+        if self.run_id is None:
+            return
+        self._others.append((what, send))
+        if len(self._others) > MAX_OTHERS:
+            self._lost.append(self._others.popleft()[0])
+        self.flush()
+
+    def _send_metrics(self, client: Any, run_id: str) -> None:
+        some = self._metrics.first(MAX_METRICS)
         try:
             with _mlflow_errors(self._location):
-                send(self._client, self.run_id)
-        except TrackingError as error:
+                _log_batch(client, run_id, some)
+        except TrackingRefused:
+            self._send_those_taken(client, run_id, some)
+        self._metrics.forget(len(some))
+
+    def _send_those_taken(self, client: Any, run_id: str, metrics: Iterable[LoggedMetric]) -> None:
+        """One by one: the others shan't be lost with a wrong one."""
+        refused = []
+        for metric in metrics:
+            try:
+                with _mlflow_errors(self._location):
+                    _log_batch(client, run_id, [metric])
+            except TrackingRefused as error:
+                refused.append((metric, error))
+        if refused:
+            metric, why = refused[0]
+            logger.warning("not logged (%d metrics, such as %s of step %d): %s", len(refused), metric.name, metric.step,
+                           why)
+
+    def _attempt(self, what: str, send: Callable[[Any, str], None]) -> bool:
+        """Whether it is dealt with: sent, or refused for good. Otherwise MLflow isn't there, and gets some rest."""
+        began = time.monotonic()
+        try:
+            with _mlflow_errors(self._location):
+                if self._client is None and self._connect is not None:
+                    self._client = self._connect()
+                send(self._client, str(self.run_id))
+        except TrackingRefused as error:
             logger.warning("not logged (%s): %s", what, error)
-            if time.monotonic() - began > SLOW_S:
-                logger.warning("nothing is logged to the run for %d s", PAUSE_S)
-                self._paused_until = time.monotonic() + PAUSE_S
+        except TrackingError as error:
+            self._rest(error, took_s=time.monotonic() - began)
+            return False
+        if self._away_since is not None:
+            logger.info("MLflow is back after %.0f s: what has waited is sent", time.monotonic() - self._away_since)
+            self._away_since, self._again_at = None, 0.0
+        return True
+
+    def _rest(self, error: TrackingError, *, took_s: float) -> None:
+        now = time.monotonic()
+        self._again_at = now + max(PAUSE_S, took_s / MAX_SHARE)
+        if self._away_since is None:
+            self._away_since = now - took_s
+            logger.warning("The job goes on, and what is logged waits until MLflow is back. %s", error)
+
+
+def _log_batch(client: Any, run_id: str, metrics: Iterable[LoggedMetric]) -> None:
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(each.name, each.value, each.time_ms, each.step) for each in metrics])
 
 
 # --- where MLflow is ---------------------------------------------------------------------------------------
@@ -187,12 +282,14 @@ def _bare_address(uri: str) -> str:
 
 @contextlib.contextmanager
 def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, ends: bool | None = None,
-             system_metrics: bool = False) -> Iterator[Run]:
+             system_metrics: bool = False, must_answer: bool = True) -> Iterator[Run]:
     """A run to log to, new or continued by `run_id`; the null run where tracking is off.
 
     A new run ends with the block: FINISHED, FAILED after an exception, KILLED after an interrupt. A continued
     one is left as it is, since it is another process's to end; `ends=True` takes it over (a resuming job).
-    system_metrics  also log this machine's CPU, memory, disk, network and GPU, every 10 s, as `system/...`
+    system_metrics  also log this machine's CPU, memory, disk, network and GPU, every 10 s, as `system/...`; they end
+                    when MLflow doesn't answer
+    must_answer     False, for a run that goes on: where MLflow can't be reached now, it may be later
     Raises TrackingError where MLflow can't be reached or doesn't know the run.
     """
     if not tracking.enabled:
@@ -200,29 +297,35 @@ def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, 
         return
     owned = ends if ends is not None else run_id is None
     tracking = located(tracking)
-    client, entity = _start(tracking, name=name, run_id=run_id, owned=owned)
-    run = Run(client, location=str(tracking.uri), run_id=entity.info.run_id,
-              url=_run_url(str(tracking.uri), entity.info))
+    try:
+        run = _start(tracking, name=name, run_id=run_id, owned=owned)
+    except TrackingError as error:
+        if must_answer or run_id is None:
+            raise
+        run = Run(location=str(tracking.uri), run_id=run_id, connect=lambda: _client(tracking))
+        run._rest(error, took_s=0.0)
     logger.info("tracked as run %s", run.url or run.run_id)
-    with _system_metrics(run, enabled=system_metrics), _terminated(run, client, owned=owned):
+    with _terminated(run, owned=owned), _system_metrics(run, enabled=system_metrics):
         yield run
 
 
-def _start(tracking: TrackingConfig, *, name: str, run_id: str | None, owned: bool) -> tuple[Any, Any]:
+def _start(tracking: TrackingConfig, *, name: str, run_id: str | None, owned: bool) -> Run:
     client = _client(tracking)
-    with _mlflow_errors(str(tracking.uri)):
+    uri = str(tracking.uri)
+    with _mlflow_errors(uri):
         if run_id is None:
-            return client, client.create_run(_experiment_id(client, tracking), run_name=name)
-        if owned:
-            client.update_run(run_id, status="RUNNING")
-        return client, client.get_run(run_id)
+            entity = client.create_run(_experiment_id(client, tracking), run_name=name)
+        else:
+            if owned:
+                client.update_run(run_id, status="RUNNING")
+            entity = client.get_run(run_id)
+        return Run(client, location=uri, run_id=entity.info.run_id, url=_run_url(uri, entity.info))
 
 
 @contextlib.contextmanager
-def _terminated(run: Run, client: Any, *, owned: bool) -> Iterator[None]:
+def _terminated(run: Run, *, owned: bool) -> Iterator[None]:
     def end(status: str) -> None:
-        if owned:
-            run._send("the end", lambda _, run_id: client.set_terminated(run_id, status), always=True)
+        run.close(end=(lambda client, run_id: client.set_terminated(run_id, status)) if owned else None)
 
     try:
         yield
@@ -242,6 +345,8 @@ def _system_metrics(run: Run, *, enabled: bool) -> Iterator[None]:
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    # MLflow's thread would say at each end that the run it looked for isn't there; ours is said once, by the run
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
         run.run_id, resume_logging=True, tracking_uri=run._location)
     monitor.start()
@@ -303,7 +408,8 @@ def _mlflow_errors(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TrackingError(
+        kind = TrackingRefused if getattr(error, "error_code", None) in REFUSALS else TrackingError
+        raise kind(
             f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line)} "
             "Start the server or correct tracking.uri (MLFLOW_TRACKING_URI), or go without: "
             "--set tracking.enabled=false.") from None

@@ -25,6 +25,8 @@ from pipeline.model.targets import TargetPeak, draw_targets
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
 STATE_VERSION = 2  # 2: the average of the weights
+DIVERGED = ("Lower optimiser.learning_rate_per_worker or lengthen optimiser.warmup_iterations, and train into a new "
+            "--output.")
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,16 @@ def divergence(reports: Sequence[StepReport]) -> str | None:
     for report, loss in zip(reports, losses, strict=True):
         if not math.isfinite(loss):
             return (f"The loss of iteration {report.iteration} is {loss}: training has diverged. Its batch held the "
-                    f"annotations {report.ids.tolist()}. Check these, lower optimiser.learning_rate_per_worker or "
-                    "lengthen optimiser.warmup_iterations, and train into a new --output.")
+                    f"annotations {report.ids.tolist()}: look at them. {DIVERGED}")
+    return None
+
+
+def not_finite(network: nn.Module, *, iteration: int) -> str | None:
+    """What is wrong with a network that holds a number which isn't finite: such a one is never kept; or None."""
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            return (f"After iteration {iteration} the network isn't finite ({name}), though its losses were: training "
+                    f"has diverged. {DIVERGED}")
     return None
 
 

@@ -167,33 +167,115 @@ def test_the_null_run_takes_every_call_and_keeps_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_logged_is_a_warning_and_the_job_goes_on(tracking, client, caplog):
+def test_what_mlflow_refuses_is_a_warning_and_the_rest_is_logged(tracking, client, caplog):
     with caplog.at_level(logging.WARNING), open_run(tracking, name="train") as run:
-        run.log_metrics({"not/a?name": 1.0})
+        run.log_metrics({"not/a?name": 1.0, "loss": 2.0})
         run.log_metrics({"ap": 1.0})
 
-    assert "not logged (metrics)" in caplog.text
-    assert client.get_run(run.run_id).data.metrics == {"ap": 1.0}
+    assert "not logged (1 metrics, such as not/a?name of step 0)" in caplog.text
+    assert client.get_run(run.run_id).data.metrics == {"ap": 1.0, "loss": 2.0}
 
 
-def test_a_server_that_went_away_holds_a_training_up_only_once(monkeypatch, caplog):
-    class GoneServer:
-        calls = 0
+class FlakyServer:
+    """What a run needs of MLflow's client; it refuses connections while it is `away`."""
 
-        def log_batch(self, run_id, metrics):
-            self.calls += 1
-            time.sleep(0.02)
+    def __init__(self) -> None:
+        self.away, self.attempts, self.metrics, self.done = False, 0, [], []
+
+    def reach(self, what: str) -> None:
+        self.attempts += 1
+        if self.away:
             raise ConnectionError("refused")
+        self.done.append(what)
 
-    monkeypatch.setattr("pipeline.tracking.SLOW_S", 0.01)
-    server = GoneServer()
+    def log_batch(self, run_id, metrics):
+        self.reach("metrics")
+        self.metrics += [(each.key, each.step, each.value) for each in metrics]
+
+    def log_text(self, run_id, text, name):
+        self.reach(name)
+
+    def set_terminated(self, run_id, status):
+        self.reach(status)
+
+
+@pytest.fixture
+def server(monkeypatch) -> FlakyServer:
+    monkeypatch.setattr("pipeline.tracking.PAUSE_S", 0.05)
+    return FlakyServer()
+
+
+def test_what_is_logged_while_mlflow_is_away_arrives_when_it_is_back_and_one_warning_says_so(server, caplog):
+    caplog.set_level(logging.INFO)
     run = Run(server, location="http://tracking", run_id="1")
+    run.log_metrics({"loss": 3.0}, step=1)
+    server.away = True
+    for step in range(2, 6):
+        run.log_metrics({"loss": 3.0 / step}, step=step)
+        run.log_text(f"note-{step}.txt", "")
+        time.sleep(0.06)
+    server.away = False
+    run.log_metrics({"loss": 0.5}, step=6)
 
-    for step in range(3):
+    assert server.metrics == [("loss", 1, 3.0), *(("loss", step, 3.0 / step) for step in range(2, 6)), ("loss", 6, 0.5)]
+    assert server.done[2:] == [f"note-{step}.txt" for step in range(2, 6)]
+    assert caplog.text.count("what is logged waits until MLflow is back") == 1
+    assert "MLflow is back after" in caplog.text
+
+
+def test_an_mlflow_that_is_away_is_asked_once_in_a_while(server, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.PAUSE_S", 60)
+    server.away = True
+    run = Run(server, location="http://tracking", run_id="1")
+    for step in range(100):
         run.log_metrics({"loss": 1.0}, step=step)
+    assert server.attempts == 1
 
-    assert server.calls == 1
-    assert "nothing is logged to the run for 120 s" in caplog.text
+
+def test_one_that_lets_us_wait_costs_a_twentieth_of_the_time(server, monkeypatch):
+    monkeypatch.setattr(server, "reach", lambda what: time.sleep(0.02) or (_ for _ in ()).throw(TimeoutError()))
+    run = Run(server, location="http://tracking", run_id="1")
+    began = time.monotonic()
+    run.log_metrics({"loss": 1.0})
+    assert run._again_at - began >= 0.02 / 0.05
+
+
+def test_what_waits_at_the_end_is_sent_then_and_what_cannot_be_is_counted(server, caplog):
+    server.away = True
+    back, gone = (Run(server, location="http://ann:s3cret@tracking", run_id=name) for name in ("1", "2"))
+    for run in (back, gone):
+        run.log_metrics({"loss": 1.0}, step=1)
+        run.log_text("note.txt", "")
+    server.away = False
+    back.close(end=lambda client, run_id: client.set_terminated(run_id, "FINISHED"))
+    assert server.done == ["metrics", "note.txt", "FINISHED"]
+    assert back.waiting_metrics() == []
+
+    server.away = True
+    gone.close()
+    assert "MLflow at http://tracking is not back. It lacks 1 metrics, note.txt" in caplog.text
+    assert [(each.name, each.step) for each in gone.waiting_metrics()] == [("loss", 1)]
+    assert "s3cret" not in caplog.text
+
+
+def test_a_run_that_goes_on_is_opened_while_mlflow_is_away(server, monkeypatch, caplog):
+    def connect(_):
+        if server.away:
+            raise TrackingError("MLflow at http://tracking could not be used")
+        return server
+
+    monkeypatch.setattr("pipeline.tracking._client", connect)
+    server.away = True
+    settings = TrackingConfig(uri="http://tracking")
+    with pytest.raises(TrackingError), open_run(settings, name="train", run_id="1"):
+        pass
+    with open_run(settings, name="train", run_id="1", must_answer=False) as run:
+        run.log_metrics({"loss": 1.0}, step=20)
+        server.away = False
+        run.flush(now=True)
+
+    assert server.metrics == [("loss", 20, 1.0)]
+    assert server.done == ["metrics"]
 
 
 def test_an_unknown_run_is_refused(tracking):

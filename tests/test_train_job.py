@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from jobs import annotate, evaluate, shard, train
-from pipeline import storage
 from pipeline.config import AnnotateConfig, EvaluateConfig, ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.decode import Decoding
 from pipeline.model.directory import load_model, model_digest
 from pipeline.tracking import registered_version
-from tests.s3 import S3Server
 from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING, write_pictures
 
@@ -134,44 +132,6 @@ def test_joints_that_the_data_do_not_have_are_refused_before_anything_is_kept(wo
     assert not (tmp_path / "model" / "_job.json").exists()
 
 
-@pytest.mark.slow
-def test_a_run_that_was_broken_off_goes_on_from_its_last_checkpoint_also_in_a_bucket(
-        world: Path, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    s3.upload_folder(world / "shards", f"{bucket}/shards")
-    wanted = config(world, f"{bucket}/model", data=f"{bucket}/shards", workers=1, val=None)
-    monkeypatch.setattr(train, "MAX_FAILURES", 0)
-    monkeypatch.setattr(train, "train_worker", broken_off_after_two)
-    with pytest.raises(OSError, match="broken off"):
-        train.run(wanted)
-    assert not storage.exists(f"{bucket}/model/model.json")
-    assert checkpoints(f"{bucket}/model") == {"iteration-0000002"}
-
-    monkeypatch.undo()
-    result = train.run(wanted)
-
-    assert (result["iterations"], result["samples"], result["AP"]) == (4, 16, None)
-    assert checkpoints(f"{bucket}/model") == {"iteration-0000002", "iteration-0000004"}
-
-
-def checkpoints(output: str) -> set[str]:
-    names = [found.name for found in storage.list_objects(f"{output}/_checkpoints")]
-    return {name.split("/")[0] for name in names if name.endswith("/state.pt")}
-
-
-def broken_off_after_two(settings: dict[str, Any]) -> None:
-    """A worker that ends with an error once its first checkpoint, after two iterations, is kept."""
-    from jobs import train_worker
-
-    keep = train_worker._keep
-
-    def keep_and_fail(worker: Any, evaluation: dict[str, float]) -> None:
-        keep(worker, evaluation)
-        raise OSError("broken off")
-
-    train_worker._keep = keep_and_fail
-    train_worker.train_worker(settings)
-
-
 def test_more_workers_than_shards_are_refused_before_anything_starts(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="50 workers need at least as many shards"):
         train.run(config(world, tmp_path / "model", workers=50))
@@ -202,9 +162,6 @@ def same_weights(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_model(world: Path, tmp_path: Path) -> None:
-    optimiser = {"iterations": 4, "warmup_iterations": 0, "batch_size_per_worker": 4, "learning_rate_per_worker": 1e30}
-    with pytest.raises(Exception, match=r"The loss of iteration \d is (nan|inf)"):
-        train.run(config(world, tmp_path / "model", workers=1, val=None, optimiser=optimiser))
-    assert not (tmp_path / "model" / "model.json").exists()
+def test_the_best_checkpoint_is_asked_for_only_where_something_says_which_it_is(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keep is best, but without --val nothing says which"):
+        train.run(config(world, tmp_path / "model", keep="best", val=None))

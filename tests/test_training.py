@@ -127,6 +127,17 @@ def test_a_loss_that_is_not_finite_is_named_with_its_iteration_and_persons() -> 
     assert "[500, 501, 502]" in message
 
 
+def test_a_network_that_is_not_finite_is_named_before_it_is_kept() -> None:
+    network = MSPN(TINY)
+    assert training.not_finite(network, iteration=7) is None
+    with torch.no_grad():
+        network.stages[0].upsample.units[0].res_conv2.bn.running_var[1] = float("inf")
+    message = training.not_finite(network, iteration=7)
+    assert message is not None
+    assert "After iteration 7 the network isn't finite" in message
+    assert "res_conv2.bn.running_var" in message
+
+
 # --- the state in a file ------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ Writing and reading live here, and the one definition of what the network sees o
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,7 +99,14 @@ def save_model(directory: Path, network: MSPN, spec: ModelSpec) -> None:
         raise DataError(f"{directory} holds {' and '.join(there)} already, and a model is never replaced: "
                         "choose another directory.")
     (directory / WEIGHTS_FILE).write_bytes(save(_as_stored(network)))
-    (directory / SPEC_FILE).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / SPEC_FILE).write_text(_spec_text(spec), encoding="utf-8")
+
+
+def add_to_source(directory: Path, about: Mapping[str, Any]) -> None:
+    """Say more of where a local directory's weights come from; all else stays as it is."""
+    spec = read_spec(directory)
+    more = spec.model_copy(update={"source": spec.source | dict(about)})
+    (directory / SPEC_FILE).write_text(_spec_text(more), encoding="utf-8")
 
 
 def load_model(directory: Path) -> tuple[MSPN, ModelSpec]:
@@ -177,6 +185,10 @@ def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torc
     mean, std = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     # in the order in which the authors compute it, so that rounding is the same
     return ordered.contiguous().float().div(255).sub(mean).div(std).to(dtype)
+
+
+def _spec_text(spec: ModelSpec) -> str:
+    return spec.model_dump_json(indent=2) + "\n"
 
 
 def _as_stored(network: MSPN) -> dict[str, Tensor]:
