@@ -87,8 +87,10 @@ def assert_run_has_the_numbers(uri: str, run_id: str, source: dict[str, Any]) ->
     assert run.data.tags.get("git_revision") == source["git_revision"]
     assert run.data.tags["promotion.champion"] == "moved"
     assert run.inputs is not None
-    assert {each.tags[0].value: each.dataset.digest for each in run.inputs.dataset_inputs} == {
-        "training": source["data_digest"][:36], "validation": source["val_digest"][:36]}
+    inputs = {(each.dataset.name, each.tags[0].value, each.dataset.digest) for each in run.inputs.dataset_inputs}
+    first, second = (digest[:36] for digest in source["data_digest"])
+    assert inputs == {("train", "training", first), ("train_2", "training", second),
+                      ("val", "validation", source["val_digest"][:36])}
     assert [each.path for each in client.list_artifacts(run_id, "validation")] == [
         "validation/iteration-0000002.jpg", "validation/iteration-0000004.jpg"]
 
