@@ -230,6 +230,7 @@ def test_a_copy_of_a_recomputing_network_is_a_network_of_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the compiler takes minutes where other work goes on
 @pytest.mark.skipif(why_not_compile() is not None, reason="needs what torch.compile needs")
 def test_a_compiled_forward_trains_as_the_plain_one_to_rounding() -> None:
     plain, compiled = new_network(), new_network()
@@ -243,6 +244,7 @@ def test_a_compiled_forward_trains_as_the_plain_one_to_rounding() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the compiler takes minutes where other work goes on
 @pytest.mark.skipif(why_not_compile() is not None, reason="needs what torch.compile needs")
 def test_two_processes_with_a_compiled_forward_step_as_two_without(tmp_path: Path) -> None:
     first, second = gloo_ranks.compiled_ranks(tmp_path)
