@@ -83,7 +83,8 @@ def _recipe(config: settings.DemoConfig, output: Path, followed: settings.Tracki
     assignments = [] if config.iterations is None else [f"optimiser.iterations={config.iterations}"]
     return settings.load_config(settings.TrainConfig, files=[str(RECIPE)], assignments=assignments, flags={
         "data": str(output / "shards" / "train"), "val": str(output / "shards" / "val"),
-        "output": str(output / "model"), "register": MODEL_NAME, "alias": ALIAS, "tracking": followed.model_dump()})
+        "output": str(output / "model"), "register": MODEL_NAME, "promote": ALIAS,
+        "tracking": followed.model_dump()})
 
 
 def _say(text: str) -> None:

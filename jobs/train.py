@@ -18,17 +18,25 @@ from typing import Any
 
 from jobs.promote import open_frozen_set, promote, refuse_unpromotable
 from jobs.start_ray import num_gpus, refuse_unshared, start_ray
+from jobs.train_intent import (
+    described_inputs,
+    one_or_all,
+    open_inputs,
+    refuse_other_model,
+    refuse_other_run,
+    resolved_intent,
+)
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, samples, storage, tracking
-from pipeline.config import DataConfig, TrainConfig, locations
+from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
-from pipeline.mixture import TrainingSet, joint_indices, joints_text
+from pipeline.mixture import TrainingSet
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
-from pipeline.shards import ShardDataset, open_shards
-from pipeline.units import FrozenJob, freeze_job, open_job, refuse_other_intent
+from pipeline.shards import ShardDataset
+from pipeline.units import FrozenJob, freeze_job, open_job
 
 logger = logging.getLogger("jobs.train")
 RAY_TRAIN = "_ray_train"  # what Ray Train writes under the output: a marker by which workers prove that they see it
@@ -54,11 +62,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
-    sets, val = _open_inputs(config, {} if job is None else job.input)
+    sets, val = open_inputs(config, {} if job is None else job.input)
     refuse_unpromotable(config, sets[0].dataset)
-    inputs = _inputs(config, sets, val)
+    inputs = described_inputs(config, sets, val)
     if storage.exists(storage.join(config.output, SPEC_FILE)):
-        _refuse_other_model(config, job, inputs, sets)
+        refuse_other_model(config, job, inputs, sets)
         logger.info("%s holds the finished model; nothing was trained", config.output)
         _send_unsent(config, job)
     else:
@@ -70,113 +78,22 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _result(config)
 
 
-def _open_inputs(config: TrainConfig, begun: dict[str, Any]) -> tuple[tuple[TrainingSet, ...], ShardDataset | None]:
-    """The datasets, at the versions with which the run began where it is the same run."""
-    uris = [one.uri for one in config.data]
-    pinned = begun if begun.get("data") == _one_or_all(uris) else {}
-    versions = pinned.get("data_version") or [None] * len(uris)
-    datasets = [_open_data(uri, version) for uri, version in
-                zip(uris, versions if isinstance(versions, list) else [versions], strict=True)]
-    sets = tuple(_training_set(one, dataset, datasets[0]) for one, dataset in zip(config.data, datasets, strict=True))
-    val = None if config.val is None else _open_data(config.val, pinned.get("val_version"))
-    _refuse_other_joints(datasets[0], val)
-    return sets, val
-
-
-def _training_set(one: DataConfig, dataset: ShardDataset, first: ShardDataset) -> TrainingSet:
-    assert first.skeleton is not None
-    assert dataset.skeleton is not None
-    joints = joint_indices(first.skeleton, dataset.skeleton, labelled=one.joints, uri=one.uri)
-    text = joints_text(first.skeleton, dataset.skeleton, joints)
-    if text:
-        logger.info("data %s: %s", one.uri, text)
-    return TrainingSet(dataset, one.weight, tuple(samples.trainable_counts(dataset)), joints)
-
-
-def _open_data(uri: str, version: int | None) -> ShardDataset:
-    dataset = open_shards(uri, version)
-    if dataset.skeleton is None:
-        raise ConfigError(f"{uri} was sharded without --annotations: there are no joints to learn.")
-    return dataset
-
-
-def _refuse_other_joints(data: ShardDataset, val: ShardDataset | None) -> None:
-    if val is not None and val.skeleton != data.skeleton:
-        raise ConfigError(f"--data {data.uri} and --val {val.uri} have different joints: "
-                          f"{data.skeleton} and {val.skeleton}.")
-
-
-def _refuse_other_model(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any],
-                        sets: Sequence[TrainingSet]) -> None:
-    if job is None:
-        raise ConfigError(f"{config.output} holds a model that was not trained there. Choose another --output.")
-    _refuse_other_run(config, job, inputs, _intent(config, job, sets))
-
-
-def _refuse_other_run(config: TrainConfig, job: FrozenJob, inputs: dict[str, Any], intent: dict[str, Any]) -> None:
-    defaults = TrainConfig.model_validate({"data": "-", "output": "-"}).model_dump(mode="json")
-    refuse_other_intent(job, config.output, input=inputs, intent=_as_it_began(intent, job.intent, defaults))
-
-
-def _as_it_began(intent: dict[str, Any], frozen: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The intent less settings that the program that began the run didn't have, where they have their defaults."""
-    known = {}
-    for name, value in intent.items():
-        if name not in frozen and value == defaults.get(name):
-            continue
-        nested = isinstance(value, dict) and isinstance(frozen.get(name), dict)
-        known[name] = _as_it_began(value, frozen[name], defaults.get(name, {})) if nested else value
-    return known
-
-
-def _one_or_all(values: Sequence[Any]) -> Any:
-    """One dataset's value by itself, as runs on one dataset have always had it."""
-    return values[0] if len(values) == 1 else list(values)
-
-
-def _inputs(config: TrainConfig, sets: Sequence[TrainingSet], val: ShardDataset | None) -> dict[str, Any]:
-    inputs = {"data": _one_or_all([one.dataset.uri for one in sets]),
-              "data_version": _one_or_all([one.dataset.version for one in sets]),
-              "data_digest": _one_or_all([samples.dataset_digest(one.dataset) for one in sets])}
-    if val is None:
-        return inputs | {"val": None}
-    return inputs | {"val": config.val, "val_version": val.version, "val_digest": samples.dataset_digest(val)}
-
-
-def _intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingSet]) -> dict[str, Any]:
-    """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
-    frozen = {} if job is None else job.intent
-    intent = config.model_dump(mode="json", include={
-        "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
-        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
-    if config.workers == "auto":
-        intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
-    if config.precision == "auto":
-        intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
-    if config.trunk is not None:
-        intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
-    if any(one != DataConfig(uri=one.uri) for one in config.data):
-        intent["sets"] = [one.model_dump(mode="json", exclude={"uri"}) for one in config.data]
-    skeleton = sets[0].dataset.skeleton
-    return intent | {"joints": list(skeleton.joints) if skeleton else []}
-
-
 def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], sets: tuple[TrainingSet, ...],
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
-    intent = _intent(config, job, sets)
+    intent = resolved_intent(config, job, sets)
     schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
     assert sets[0].dataset.skeleton is not None
     augmentation_of(config, sets[0].dataset.skeleton)  # refuses joints that aren't the data's
     _refuse_too_many_workers(intent["workers"], sets, config)
     if job is not None:
-        _refuse_other_run(config, job, inputs, intent)
+        refuse_other_run(config, job, inputs, intent)
     run_id = None if job is None else job.about["run_id"]
     with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
         if job is None:
             _put_initial_model(config)
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
-            _refuse_other_run(config, job, inputs, intent)
+            refuse_other_run(config, job, inputs, intent)
         _log_begin(run, config, job)
         _fit(TrainTask(config, sets, val, intent, _source(config, job), job.about["run_id"]))
 
@@ -227,7 +144,7 @@ def _git_revision() -> str | None:
 
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     data = [one.uri for one in config.data]
-    run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": _one_or_all(data)} | job.intent)
+    run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": one_or_all(data)} | job.intent)
     run.log_params({"packages": _packages()})
     revision = _git_revision()
     run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))

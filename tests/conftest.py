@@ -23,6 +23,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes by one thread: bits depend on how many, and on a busy machine several wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store", choices=["moto", "ceph"], default="moto",
                      help="the S3 server that the tests run on: moto's, or a real Ceph gateway")

@@ -1,6 +1,5 @@
 """The recipes and presets that come with the program: each is complete, builds the network that it says, and trains."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from jobs import train
+from jobs import train, train_intent
 from jobs.train_feed import recipe_of
 from jobs.train_start import new_network
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, augmentation_of, schedule_of
@@ -30,14 +29,7 @@ from tests.worlds import TINY
 
 JOBS = Path(train.__file__).parent
 AUTHORS, MMPOSE, MPII = ["train.yaml"], ["train_mmpose.yaml"], ["train.yaml", "presets/mpii.yaml"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(names: list[str], **settings: Any) -> TrainConfig:
@@ -325,14 +317,15 @@ def test_a_run_begun_before_there_were_recipes_is_recognised(data: shards.ShardD
                          "rotation_probability": 0.5, "scale_range": [0.6, 1.0], "flip_probability": 0.5,
                          "half_body_probability": 0.3},
         "validate_every": 2400, "validate_persons": None, "joints": list(COCO17.joints)}
-    now, defaults = train._intent(recipe(AUTHORS), None, [training_set(data)]), recipe([]).model_dump(mode="json")
-    assert train._as_it_began(now, first, defaults) == first
-    other = train._intent(recipe([*AUTHORS, "presets/mpii.yaml"]), None, [training_set(data)])
-    assert train._as_it_began(other, first, defaults)["inference"]["blur_kernel"] == 9
+    now = train_intent.resolved_intent(recipe(AUTHORS), None, [training_set(data)])
+    defaults = recipe([]).model_dump(mode="json")
+    assert train_intent._as_it_began(now, first, defaults) == first
+    other = train_intent.resolved_intent(recipe([*AUTHORS, "presets/mpii.yaml"]), None, [training_set(data)])
+    assert train_intent._as_it_began(other, first, defaults)["inference"]["blur_kernel"] == 9
 
 
 def test_what_differs_from_the_authors_is_part_of_what_a_run_is_known_by(data: shards.ShardDataset) -> None:
-    intent = train._intent(recipe(MMPOSE), None, [training_set(data)])
+    intent = train_intent.resolved_intent(recipe(MMPOSE), None, [training_set(data)])
     assert intent["optimiser"]["decay_at"] == [99_450, 117_000]
     assert intent["loss"]["target_peak"] == "joint"
     assert intent["augmentation"]["scale_sigma"] == 0.5

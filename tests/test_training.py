@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,7 @@ from tests.worlds import TINY, write_pictures
 
 SPEC = ModelSpec(network=TINY, skeleton=COCO17.to_json())
 AUTHORS = training.Schedule(peak=4e-3, iterations=96_000, warmup_iterations=2400, warmup_factor=0.1)
-
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads, and on a busy machine several of them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- schedule and optimiser ---------------------------------------------------------------------------------------

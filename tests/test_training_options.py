@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs import train
+from jobs import train_intent
 from pipeline import training
 from pipeline.averaging import WeightAverage
 from pipeline.config import TrainConfig, load_config
@@ -26,15 +25,7 @@ from tests import gloo_ranks
 from tests.worlds import TINY
 
 SPEC = ModelSpec(network=TINY, skeleton=COCO17.to_json())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Bits depend on the number of threads, and on a busy machine several of them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- accumulation -------------------------------------------------------------------------------------------------
@@ -287,10 +278,10 @@ def test_a_run_that_was_begun_before_an_option_existed_goes_on_with_its_default_
     begun = {"optimiser": {"iterations": 96000}, "seed": 0, "joints": ["nose"]}
     defaults = {"optimiser": {"iterations": 96000, "accumulate": 1}, "seed": 0, "compile": None}
     now = {"optimiser": {"iterations": 96000, "accumulate": 1}, "seed": 0, "compile": None, "joints": ["nose"]}
-    assert train._as_it_began(now, begun, defaults) == begun
+    assert train_intent._as_it_began(now, begun, defaults) == begun
     other = now | {"optimiser": {"iterations": 96000, "accumulate": 4}}
-    assert train._as_it_began(other, begun, defaults) == begun | {"optimiser": other["optimiser"]}
-    assert train._as_it_began(now | {"seed": 1}, begun, defaults) == begun | {"seed": 1}
+    assert train_intent._as_it_began(other, begun, defaults) == begun | {"optimiser": other["optimiser"]}
+    assert train_intent._as_it_began(now | {"seed": 1}, begun, defaults) == begun | {"seed": 1}
 
 
 def test_recomputing_activations_changes_no_bit_and_so_is_no_intent() -> None:
@@ -350,7 +341,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 def intent_of(*assignments: str) -> dict[str, Any]:
     config = load_config(TrainConfig, flags={"data": "d", "output": "o", "workers": 2}, assignments=assignments)
     first = SimpleNamespace(dataset=SimpleNamespace(skeleton=None))
-    return train._intent(config, None, [first])  # type: ignore[list-item]
+    return train_intent.resolved_intent(config, None, [first])  # type: ignore[list-item]
 
 
 class AveragedRun:
