@@ -108,6 +108,7 @@ def assert_evaluate_says_the_same(world: Path, folder: Path, evaluation: dict[st
     assert evaluation == {name: numbers[name] for name in evaluation}
 
 
+@pytest.mark.slow
 def test_mmposes_recipe_makes_a_model_that_is_cropped_and_decoded_as_mmposes(world: Path, tmp_path: Path) -> None:
     optimiser = {"iterations": 3, "warmup_iterations": 1, "decay_at": [2], "batch_size_per_worker": 4}
     mmpose = [str(Path(train.__file__).with_name("train_mmpose.yaml"))]
