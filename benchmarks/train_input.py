@@ -1,6 +1,6 @@
 """How fast training is fed, and what training makes of it, side by side on the same pictures and cores in one run.
 
-    python -m benchmarks.train_input --folder COCO [--config FILE.yaml] [--output FILE] [--seconds N] [--work DIR]
+    python -m benchmarks.train_input --folder COCO [--config FILE.yaml] [--tables NAMES] [--seconds N] [--output FILE]
 
 COCO is a folder with `images/` and `annotations/person_keypoints_train.json`. Three tables:
 
@@ -8,7 +8,8 @@ input     samples/s of Ray tasks as `train` has them, against the plain PyTorch 
           authors' (a worker for each core; each sample reads and decodes its picture, cuts the person out, normalises,
           and renders five heatmaps for each joint by OpenCV's GaussianBlur); the loader's crops alone, and the plain
           function that makes ours, tell what each part of that costs. In turns, median of the turns.
-training  samples/s of `train` with one worker, against 1 / (input alone + forward, backward and step alone)
+training  samples/s of `train` with one worker, from its wait for the first batch to its last step, so that all of its
+          input is made in that time; against 1 / (input alone + forward, backward and step alone)
 order     how well persons are shuffled, over an epoch of COCO's size with 1,000 pictures in a shard: pairs in a batch
           that come from one picture, and from how many shards a batch comes; against a shuffle of everybody
 """
@@ -59,15 +60,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--config", help="train's settings, for the network and the crop's size")
-    parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20, help="of each measurement, and of each training")
+    parser.add_argument("--tables", default="input,training,order")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="of the DataLoader; threads too")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.workers)
     with tempfile.TemporaryDirectory() as work, start_ray():
         task = open_task(options, Path(work))
-        found = {"input": measure_input(task, options), "training": measure_training(task, options, Path(work)),
-                 "order": measure_order()}
+        tables = {"input": lambda: measure_input(task, options), "order": measure_order,
+                  "training": lambda: measure_training(task, options, Path(work))}
+        found = {name: tables[name]() for name in options.tables.split(",")}
     for name, table in found.items():
         print(f"\n{name}")
         for line, values in table.items():
@@ -228,7 +231,7 @@ def step_speed(task: TrainTask, network: torch.nn.Module, spec: ModelSpec, secon
 
 
 def train_speed(task: TrainTask, iterations: int, output: Path) -> float:
-    """samples/s of `train` as its own metrics have them, between a third and the end of its iterations."""
+    """samples/s of `train` over all of its iterations, as its own metrics have them."""
     tracking = TrackingConfig(uri=f"sqlite:///{output.parent}/mlflow.db")
     optimiser = task.config.optimiser.model_copy(update={"iterations": iterations, "warmup_iterations": 1})
     result = train.run(task.config.model_copy(update={
@@ -236,8 +239,9 @@ def train_speed(task: TrainTask, iterations: int, output: Path) -> float:
     from mlflow import MlflowClient
 
     history = MlflowClient(str(tracking.uri)).get_metric_history(result["run_id"], "samples_per_second")
-    steady = [each.value for each in history if each.step > iterations / 3]
-    return len(steady) / sum(1 / value for value in steady)
+    ends = [0, *(each.step for each in history)]
+    spent = [(end - start) / each.value for start, end, each in zip(ends, ends[1:], history, strict=False)]
+    return iterations / sum(spent)
 
 
 # --- order --------------------------------------------------------------------------------------------------------
