@@ -69,6 +69,7 @@ def aps_by_hand(worker: Any, run: Any) -> dict[str, float]:
     return {"ap": {2: 0.5, 4: 0.9, 6: 0.1, 8: 0.2}[worker.iteration]}
 
 
+@pytest.mark.endurance
 def test_the_best_checkpoint_outlives_newer_ones_and_becomes_the_model_if_asked_for(
         world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_worker", PatchedWorker(validate=aps_by_hand))
@@ -109,6 +110,7 @@ def broken_off_at_once(settings: dict[str, Any]) -> None:
     raise OSError("broken off")
 
 
+@pytest.mark.endurance
 def test_failures_count_only_until_the_next_checkpoint_also_in_a_bucket(
         world: Path, s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture) -> None:
@@ -166,6 +168,7 @@ def test_what_diverges_is_never_kept_and_the_message_says_how_to_go_on(
     assert begun[0] == begun[1]
 
 
+@pytest.mark.endurance
 def test_a_run_that_diverges_before_its_first_checkpoint_says_that_there_is_none(world: Path, tmp_path: Path) -> None:
     optimiser = {"iterations": 4, "warmup_iterations": 0, "batch_size_per_worker": 4, "learning_rate_per_worker": 1e30}
     with pytest.raises(DataError, match=r"training has diverged.*There is no checkpoint yet"):
