@@ -52,6 +52,7 @@ SCRIPT = textwrap.dedent("""
 
 
 @pytest.mark.cluster
+@pytest.mark.endurance
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("without_ray")
 def test_a_machine_that_is_taken_away_costs_no_more_than_the_warning_left_and_the_rest_goes_on(tmp_path: Path) -> None:
