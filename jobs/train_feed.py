@@ -62,13 +62,16 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
 def _pausing_callback() -> Any:
     """Let Ray Data's loop, a thread of this process, sleep a little each time round.
 
-    It waits for whichever task has a block, and so for nothing while blocks wait for the network: it then takes nearly
-    a whole core, and the interpreter's lock from the thread that trains.
+    It waits for whichever task has a block, and so for nothing while blocks wait for the network: on a busy machine it
+    then took a quarter of a core for each dataset, and the interpreter's lock from the thread that trains.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pause(ExecutionCallback):
+        """A moment's sleep after each round."""
+
         def on_execution_step(self, executor: Any) -> None:
+            """Ray Data calls this after each round of its loop."""
             time.sleep(LOOP_PAUSE_S)
 
     return Pause

@@ -28,6 +28,10 @@ logger = logging.getLogger("jobs.train")
 
 
 def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
+    """The rank as it was at the last checkpoint, or before its first iteration. All ranks open together.
+
+    ConfigError and DataError are the same on every rank: settings that don't fit, checkpoints that can't be read.
+    """
     import ray.train.torch
 
     device = ray.train.torch.get_device()
