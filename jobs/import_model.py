@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from pipeline import storage, tracking
+from pipeline import model_registry, storage, tracking
 from pipeline.config import ImportModelConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.checkpoint import read_checkpoint
@@ -111,4 +111,4 @@ def _copy(read: Callable[[int], bytes], write: Callable[[bytes], Any], place: st
 
 
 def _register(model: Path, name: str, config: ImportModelConfig) -> dict[str, Any]:
-    return tracking.register_model_directory(model, name, tracking=config.tracking, alias=config.alias)
+    return model_registry.register_model_directory(model, name, tracking=config.tracking, alias=config.alias)

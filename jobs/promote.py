@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
-from pipeline import promotion, tracking
+from pipeline import model_registry, promotion, tracking
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import load_model
 from pipeline.model.inference import CUDA, cpu_backend
 from pipeline.model_reference import FILES, download_model
+from pipeline.model_registry import RegisteredVersion
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.promotion import Promotion, PromotionRefused
 from pipeline.shards import ShardDataset, open_shards
-from pipeline.tracking import RegisteredVersion
 from pipeline.validation import ValidatedPicture, evaluate_pictures, validate_part
 
 logger = logging.getLogger("jobs.promote")
@@ -37,7 +37,7 @@ def run(config: PromoteConfig) -> dict[str, Any]:
     config = locations(config, "data", "directory")
     settings = tracking.located(config.tracking)
     promotion.refuse_reserved_alias(config.alias)
-    candidate = tracking.registered_version(config.model, tracking=settings)
+    candidate = model_registry.registered_version(config.model, tracking=settings)
     if candidate is None:
         raise ConfigError(f"--model {config.model} is no registered version. Give models:/name/3.")
     if config.force:
@@ -46,8 +46,8 @@ def run(config: PromoteConfig) -> dict[str, Any]:
         raise ConfigError("--data is needed: the annotated shard dataset on which both models are measured.")
     data = open_frozen_set(config.data, config.version)
     with tempfile.TemporaryDirectory() as folder:
-        expected = (tracking.noted_sha256(candidate, tracking=settings) if config.directory is None
-                    else tracking.file_sha256(download_model(config.directory, Path(folder))))
+        expected = (model_registry.noted_sha256(candidate, tracking=settings) if config.directory is None
+                    else model_registry.file_sha256(download_model(config.directory, Path(folder))))
     return _result(promote(candidate, config.alias, data, expected=expected, rules=config, settings=settings))
 
 
@@ -76,8 +76,6 @@ def refuse_unpromotable(config: TrainConfig, data: ShardDataset) -> None:
     if config.alias == config.promote:
         raise ConfigError(f"alias={config.alias} would move as soon as the model is registered, before --promote looks "
                           "at it. Leave alias out.")
-    if not config.tracking.enabled:
-        raise ConfigError(f"--promote {config.promote} needs MLflow: leave out tracking.enabled=false.")
     measured_on = config.promotion.data or config.val
     if measured_on is None:
         raise ConfigError(f"--promote {config.promote} needs data to measure on: --val, or --set promotion.data=URI.")
@@ -102,7 +100,7 @@ def promote(candidate: RegisteredVersion, alias: str, data: ShardDataset, *, exp
     other. It isn't worse than their common champion by more than the tolerance.
     """
     settings = tracking.located(settings)
-    champion = tracking.version_behind(candidate.name, alias, tracking=settings)
+    champion = model_registry.version_behind(candidate.name, alias, tracking=settings)
     decided = Promotion(alias, False, "", candidate.reference, champion.reference if champion else None,
                         tolerance=rules.tolerance, data=tracking.without_credentials(data.uri),
                         data_version=data.version)
@@ -123,7 +121,7 @@ def promote(candidate: RegisteredVersion, alias: str, data: ShardDataset, *, exp
         logger.warning("WARNING: @%s was not moved to %s and stays %s: %s", alias, candidate.reference,
                        decided.champion or "unset", refusal)
     else:
-        tracking.move_alias(candidate, alias, tracking=settings)
+        model_registry.move_alias(candidate, alias, tracking=settings)
         decided = dataclasses.replace(decided, moved=True, why=why)
         logger.info("@%s is %s now: %s", alias, candidate.reference, why)
     _record(candidate, decided, settings)
@@ -134,7 +132,7 @@ def _deserving_models(candidate: RegisteredVersion, champion: RegisteredVersion 
                       expected: Mapping[str, str], settings: TrackingConfig, folder: Path) -> list[Path]:
     """The model directories as MLflow gives them, the candidate's first, once all is right but AP."""
     mine = _downloaded(candidate, settings, folder)
-    promotion.refuse_other_files(tracking.file_sha256(mine), expected, candidate.reference)
+    promotion.refuse_other_files(model_registry.file_sha256(mine), expected, candidate.reference)
     skeleton = _loaded_skeleton(mine, candidate)
     if data.skeleton is None or skeleton.joints != data.skeleton.joints:
         raise ConfigError(f"{data.uri} has other joints than {candidate.reference}. Give --data annotated with its "
@@ -153,7 +151,7 @@ def _deserving_models(candidate: RegisteredVersion, champion: RegisteredVersion 
 
 def _downloaded(version: RegisteredVersion, settings: TrackingConfig, folder: Path) -> Path:
     try:
-        return tracking.resolve_model(version.reference, tracking=settings, into=folder)
+        return model_registry.resolve_model(version.reference, tracking=settings, into=folder)
     except (tracking.TrackingError, DataError) as error:
         raise PromotionRefused(f"{version.reference} can't be downloaded: {error}") from None
 
@@ -179,7 +177,7 @@ def _loaded_skeleton(directory: Path, version: RegisteredVersion) -> Skeleton:
 
 
 def _refuse_moved_alias(name: str, alias: str, champion: RegisteredVersion | None, settings: TrackingConfig) -> None:
-    now = tracking.version_behind(name, alias, tracking=settings)
+    now = model_registry.version_behind(name, alias, tracking=settings)
     if now != champion:
         raise PromotionRefused(
             f"@{alias} became {now.reference if now else 'unset'} while this model was measured against "
@@ -188,8 +186,8 @@ def _refuse_moved_alias(name: str, alias: str, champion: RegisteredVersion | Non
 
 def _move_unasked(candidate: RegisteredVersion, alias: str, settings: TrackingConfig) -> Promotion:
     """Move the alias without a look at the model: back to an earlier version, say."""
-    champion = tracking.version_behind(candidate.name, alias, tracking=settings)
-    tracking.move_alias(candidate, alias, tracking=settings)
+    champion = model_registry.version_behind(candidate.name, alias, tracking=settings)
+    model_registry.move_alias(candidate, alias, tracking=settings)
     decided = Promotion(alias, champion != candidate, "moved by force: nothing was checked", candidate.reference,
                         champion.reference if champion else None)
     logger.warning("@%s is %s now, moved by force: nothing was checked", alias, candidate.reference)
@@ -205,7 +203,7 @@ def _record(candidate: RegisteredVersion, decided: Promotion, settings: Tracking
     tags: dict[str, Any] = {f"promotion.{decided.alias}": "moved" if decided.moved else "refused"}
     tags |= {f"promotion.{decided.alias}.{name}": value for name, value in said.items() if value is not None}
     try:
-        tracking.tag_version(candidate, tags, tracking=settings)
+        model_registry.tag_version(candidate, tags, tracking=settings)
         if candidate.run_id is None or not tracking.knows_run(candidate.run_id, tracking=settings):
             return
         with tracking.open_run(settings, name="promote", run_id=candidate.run_id) as run:

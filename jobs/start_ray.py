@@ -14,6 +14,11 @@ from pipeline.errors import ConfigError
 
 logger = logging.getLogger("jobs.ray")
 PROBED_OBJECTS = 5
+# How PyTorch's threads wait for each other. Those that spin for long starve each other where processes share cores, and
+# those that sleep at once are woken up too late between the small steps of a small network. A small MSPN on two cores,
+# samples/s: asleep at once 47, after 2,000 looks 72, after OpenMP's own 300,000 looks 80; two such processes on the same
+# two cores: 12, 11, no end within minutes (RESULTS.md)
+THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 @contextlib.contextmanager
@@ -29,8 +34,8 @@ def start_ray() -> Iterator[None]:
         return
     # Ray Data's own account of plans and operators is for who develops it; ours says what is done
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-    # threads that spin while they wait starve each other where processes share cores: 5 times slower training
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in THREAD_WAITS.items():
+        os.environ.setdefault(name, value)
     # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.promote import open_frozen_set, promote, refuse_unpromotable
-from jobs.start_ray import num_gpus, refuse_unshared, start_ray
+from jobs.start_ray import THREAD_WAITS, num_gpus, refuse_unshared, start_ray
 from jobs.train_intent import (
     described_inputs,
     one_or_all,
@@ -28,7 +28,7 @@ from jobs.train_intent import (
 )
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
-from pipeline import checkpoints, samples, storage, tracking
+from pipeline import checkpoints, model_registry, samples, storage, tracking
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
@@ -41,9 +41,12 @@ from pipeline.units import FrozenJob, freeze_job, open_job
 logger = logging.getLogger("jobs.train")
 RAY_TRAIN = "_ray_train"  # what Ray Train writes under the output: a marker by which workers prove that they see it
 MAX_FAILURES = 3  # of worker groups between checkpoints; each restart costs 20 s and what came after the last one
+RESIZE_EVERY_S = 60.0  # Ray Train looks so often whether there is room for more workers; all start anew then
 WORKER_ENVIRONMENT = {
-    # threads that spin while they wait starve each other on a busy machine: 1.0 samples/s became 5.7 with two of them
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **THREAD_WAITS,
+    # Ray Data deals whole CPUs to the ranks' pipelines, and says of one without any that it may hang; each has a task
+    # at a time even then
+    "RAY_DATA_STARVATION_WARNING_DELAY_S": "inf",
     # Ray Train shows what pycocotools prints, though that is redirected
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
@@ -55,15 +58,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
     config = locations(config, "data", "output", "val", "trunk")
     config = config.model_copy(update={"tracking": tracking.located(config.tracking),
                                        "promotion": locations(config.promotion, "data")})
-    if config.keep == "best" and config.val is None:
-        raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
-                          "keep=last.")
+    _refuse_contradictions(config)
     uris = [*(one.uri for one in config.data), *filter(None, [config.val])]
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
     sets, val = open_inputs(config, {} if job is None else job.input)
     refuse_unpromotable(config, sets[0].dataset)
+    assert sets[0].dataset.skeleton is not None
+    augmentation_of(config, sets[0].dataset.skeleton)  # refuses joints that aren't the data's
     inputs = described_inputs(config, sets, val)
     if storage.exists(storage.join(config.output, SPEC_FILE)):
         refuse_other_model(config, job, inputs, sets)
@@ -78,13 +81,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _result(config)
 
 
+def _refuse_contradictions(config: TrainConfig) -> None:
+    """What would else come out only when Ray is up, or when the model is whole."""
+    if config.keep == "best" and config.val is None:
+        raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
+                          "keep=last.")
+    if config.register_as is not None and not config.tracking.enabled:
+        raise ConfigError(f"--register {config.register_as} needs MLflow: leave out tracking.enabled=false.")
+    schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
+
+
 def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], sets: tuple[TrainingSet, ...],
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
     intent = resolved_intent(config, job, sets)
-    schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
-    assert sets[0].dataset.skeleton is not None
-    augmentation_of(config, sets[0].dataset.skeleton)  # refuses joints that aren't the data's
     _refuse_too_many_workers(intent["workers"], sets, config)
     if job is not None:
         refuse_other_run(config, job, inputs, intent)
@@ -121,7 +131,7 @@ def _put_initial_model(config: TrainConfig) -> None:
 
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
     names = ("network", "optimiser", "loss", "augmentation", "inference", "workers", "precision", "trunk", "init",
-             "heatmap_scale", "compile", "sync_batch_norm")
+             "heatmap_scale", "compile", "sync_batch_norm", "sets")
     recipe = {name: job.intent[name] for name in names if name in job.intent}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
             "git_revision": _git_revision(), "python": sys.version.split()[0],
@@ -186,14 +196,14 @@ def _trainer(task: TrainTask) -> Any:
     least, most = _num_workers(task.intent["workers"])
     use_gpu = num_gpus() > 0
     cpus = int(ray.cluster_resources().get("CPU", 0))
-    if cpus < least + 1:
-        logger.warning("%d workers and the tasks that feed them need %d CPUs, but Ray has %d: training waits until "
-                       "there are more", least, least + 1, cpus)
+    if not use_gpu and cpus < least:
+        logger.warning("%d workers need as many CPUs, but Ray has %d: training waits until there are more", least, cpus)
     filesystem, path = storage.arrow_filesystem(task.config.output)
     return TorchTrainer(
         train_worker, train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=most if least == most else (least, most), use_gpu=use_gpu,
+                                               elastic_resize_monitor_interval_s=RESIZE_EVERY_S),
         run_config=ray.train.RunConfig(
             name=RAY_TRAIN, storage_path=path, storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
@@ -248,8 +258,9 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     if storage.exists(marker):
         return dict(json.loads(storage.read_object(marker)))
     try:
-        registered = tracking.register_model_directory(directory, str(config.register_as), tracking=config.tracking,
-                                                       run_id=spec.source["run_id"], alias=config.alias)
+        registered = model_registry.register_model_directory(
+            directory, str(config.register_as), tracking=config.tracking, run_id=spec.source["run_id"],
+            alias=config.alias)
     except tracking.TrackingError as error:
         raise tracking.TrackingError(f"The model is whole, at {config.output}, but not registered: {error} The same "
                                      "command registers it once MLflow answers; nothing is trained again.") from None
@@ -270,9 +281,9 @@ def _promote(config: TrainConfig, directory: Path, spec: ModelSpec, reference: s
     # --val as it was when this model was trained, unless another set is named
     data = (open_frozen_set(rules.data, rules.version) if rules.data is not None
             else open_frozen_set(str(config.val), rules.version or spec.source["val_version"]))
-    candidate = tracking.registered_version(reference, tracking=config.tracking)
+    candidate = model_registry.registered_version(reference, tracking=config.tracking)
     assert candidate is not None
     decided = dataclasses.asdict(promote(candidate, str(config.promote), data, rules=rules, settings=config.tracking,
-                                         expected=tracking.file_sha256(directory)))
+                                         expected=model_registry.file_sha256(directory)))
     storage.put_if_absent(marker, json.dumps(decided).encode())
     return decided

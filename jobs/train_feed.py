@@ -16,7 +16,7 @@ TASKS_AHEAD = 1000  # planned at once: half a million samples; each is a small o
 MAX_FEEDERS = 8  # tasks for each rank at once: about 4,000 samples/s
 PREFETCH_BLOCKS = 4
 STORE_BYTES = 1 << 30  # of Ray's object store for each rank: 7,000 crops
-LOOP_PAUSE_S = 0.02  # a block holds 64 samples: this bounds a rank to some thousand samples/s
+LOOP_PAUSE_S = 0.1  # two blocks of 64 samples wait at each feeder meanwhile: a quarter of a second's work
 
 
 def sample_batches(worker: Worker) -> Iterator[Arrays]:

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import storage, tracking
+from pipeline import model_registry, storage
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError
 
@@ -32,11 +32,11 @@ def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> Found
 
     What is elsewhere is downloaded below `into`. Refuses (ConfigError) a place that holds no model directory.
     """
-    if tracking.is_model_reference(reference):
-        version = tracking.registered_version(reference, tracking=settings)
+    if model_registry.is_model_reference(reference):
+        version = model_registry.registered_version(reference, tracking=settings)
         # an alias may move at any moment: what is downloaded is the version that it meant just now
         fixed = version.reference if version else reference
-        directory = tracking.resolve_model(fixed, tracking=settings, into=into)
+        directory = model_registry.resolve_model(fixed, tracking=settings, into=into)
         return FoundModel(directory, version.name if version else reference, version.version if version else None)
     uri = storage.normalise(reference)
     if storage.is_remote(uri):

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTERS = {"boto3": {"pipeline/storage_s3.py"}, "botocore": {"pipeline/storage_s3.py"},
              # MLflow itself runs pyfunc.py, as the code of a registered model; fresh_predict.py is a process of its own
-             "mlflow": {"pipeline/tracking.py", "pipeline/pyfunc.py", "pipeline/fresh_predict.py"},
+             "mlflow": {"pipeline/tracking.py", "pipeline/model_registry.py", "pipeline/pyfunc.py",
+                        "pipeline/fresh_predict.py"},
              "pycocotools": {"pipeline/evaluation.py"},
              "openvino": {"pipeline/model/inference.py"}}
 

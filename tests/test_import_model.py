@@ -195,7 +195,7 @@ def test_an_imported_model_is_registered_under_the_given_name(
         asked.append((sorted(path.name for path in directory.iterdir()), name, alias))
         return {"reference": f"models:/{name}/1"}
 
-    monkeypatch.setattr(import_model.tracking, "register_model_directory", register)
+    monkeypatch.setattr(import_model.model_registry, "register_model_directory", register)
     given = ImportModelConfig(checkpoint=str(published(folder)), output=str(tmp_path / "model"), register="pose")
     assert run(given)["registered"] == {"reference": "models:/pose/1"}
     assert asked == [(["model.json", "model.safetensors"], "pose", "candidate")]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import ConfigError
 from pipeline.model import inference
 from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN, MSPNConfig
@@ -85,6 +86,15 @@ def test_a_compiled_network_gives_the_same_heatmaps_twice_also_of_a_batch_that_i
     expected = plain(network)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert not torch.equal(found, flipped)
+
+
+def test_a_machine_without_a_compiler_is_named_before_the_first_picture(
+        network: MSPN, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(ConfigError, match=r"compile=default needs a compiler.* install g"):
+        inference.fast_heatmaps(network, "cpu", "float32", batch_size=4, threads=1, compile_mode="default")
 
 
 @pytest.mark.gpu

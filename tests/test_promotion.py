@@ -12,15 +12,15 @@ import pytest
 
 from jobs import promote as job
 from jobs import train
-from pipeline import promotion, storage, tracking
+from pipeline import model_registry, promotion, storage
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.directory import ModelSpec, read_spec, save_model
 from pipeline.model.mspn import MSPN
+from pipeline.model_registry import RegisteredVersion
 from pipeline.pose.skeleton import COCO17, MPII16
 from pipeline.promotion import Promotion, PromotionRefused
 from pipeline.shards import ShardDataset
-from pipeline.tracking import RegisteredVersion
 from tests.test_training import made_shards
 from tests.worlds import TINY, write_tiny_model
 
@@ -114,7 +114,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
 @pytest.fixture(scope="module")
 def register(settings: TrackingConfig) -> Callable[[Path], RegisteredVersion]:
     def register(directory: Path) -> RegisteredVersion:
-        made = tracking.register_model_directory(directory, "pose", tracking=settings)
+        made = model_registry.register_model_directory(directory, "pose", tracking=settings)
         return RegisteredVersion("pose", made["version"], made["run_id"])
 
     return register
@@ -152,15 +152,15 @@ def promote_to(data: ShardDataset, settings: TrackingConfig, quick_trial: None, 
     def promote(candidate: RegisteredVersion, champion: RegisteredVersion | None = None, *, tolerance: float = 0.005,
                 on: ShardDataset = data) -> Promotion:
         if champion is not None:
-            tracking.move_alias(champion, alias, tracking=settings)
-        return job.promote(candidate, alias, on, expected=tracking.noted_sha256(candidate, tracking=settings),
+            model_registry.move_alias(champion, alias, tracking=settings)
+        return job.promote(candidate, alias, on, expected=model_registry.noted_sha256(candidate, tracking=settings),
                            rules=PromotionConfig(tolerance=tolerance), settings=settings)
 
     return promote
 
 
 def behind(alias: str, settings: TrackingConfig) -> RegisteredVersion | None:
-    return tracking.version_behind("pose", alias, tracking=settings)
+    return model_registry.version_behind("pose", alias, tracking=settings)
 
 
 def test_the_first_champion_gets_the_alias(promote_to, trained, settings) -> None:
@@ -279,7 +279,7 @@ def test_a_champion_that_another_promotion_made_meanwhile_is_not_overruled(
     validated = job._validated_shards
 
     def another_is_faster(*arguments: Any) -> Iterator[Any]:
-        tracking.move_alias(other, alias, tracking=settings)
+        model_registry.move_alias(other, alias, tracking=settings)
         return validated(*arguments)
 
     monkeypatch.setattr(job, "_validated_shards", another_is_faster)
@@ -299,7 +299,7 @@ def promote_command(settings: TrackingConfig, **flags: Any) -> dict[str, Any]:
 
 def test_the_command_promotes_a_registered_version_and_force_goes_back(
         settings, trained, untrained, data, quick_trial) -> None:
-    tracking.move_alias(untrained, "rolled", tracking=settings)
+    model_registry.move_alias(untrained, "rolled", tracking=settings)
     done = promote_command(settings, model=trained.reference, alias="rolled", data=data.uri)["promotion"]
     assert (done["moved"], done["candidate"], done["champion"]) == (True, trained.reference, untrained.reference)
 
@@ -328,8 +328,7 @@ def test_a_command_that_lacks_something_is_refused(settings, trained, flags: dic
 
 @pytest.mark.parametrize(("flags", "why"), [
     ({"register": None}, "needs --register"), ({"alias": "champion"}, "would move as soon as"),
-    ({"val": None}, "needs data to measure on"), ({"promote": "v1"}, "can't be an alias"),
-    ({"tracking": {"enabled": False}}, "needs MLflow")])
+    ({"val": None}, "needs data to measure on"), ({"promote": "v1"}, "can't be an alias")])
 def test_a_training_that_could_not_be_promoted_is_refused_before_it_begins(
         data, flags: dict[str, Any], why: str) -> None:
     config = load_config(TrainConfig, flags={"data": data.uri, "val": data.uri, "output": "/nowhere",
@@ -343,14 +342,14 @@ def test_a_training_that_could_not_be_promoted_is_refused_before_it_begins(
 
 def test_train_decides_once_on_val_as_it_was_when_the_model_was_trained(
         settings, data, trained, untrained, quick_trial, tmp_path) -> None:
-    tracking.move_alias(trained, "decided", tracking=settings)
+    model_registry.move_alias(trained, "decided", tracking=settings)
     config = TrainConfig(data=data.uri, val=data.uri, output=str(tmp_path), register="pose", promote="decided",
                          tracking=settings)
-    directory = tracking.resolve_model(untrained.reference, tracking=settings, into=tmp_path / "model")
+    directory = model_registry.resolve_model(untrained.reference, tracking=settings, into=tmp_path / "model")
     spec = read_spec(directory).model_copy(update={"source": {"val_version": 1}})
 
     first = train._promote(config, directory, spec, untrained.reference)
-    tracking.move_alias(untrained, "decided", tracking=settings)
+    model_registry.move_alias(untrained, "decided", tracking=settings)
     again = train._promote(config, directory, spec, untrained.reference)
 
     assert (first["moved"], first["champion"], first["data_version"]) == (False, trained.reference, 1)

@@ -21,6 +21,7 @@ from pipeline.config import EvaluateConfig, TrackingConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model_registry import register_model_directory, registered_version, resolve_model
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
 from pipeline.tracking import (
@@ -29,9 +30,6 @@ from pipeline.tracking import (
     knows_run,
     located,
     open_run,
-    register_model_directory,
-    registered_version,
-    resolve_model,
     without_credentials,
 )
 from tests.test_evaluation import world  # noqa: F401 - a fixture: one dataset and its annotations
@@ -264,7 +262,7 @@ def test_a_run_that_goes_on_is_opened_while_mlflow_is_away(server, monkeypatch, 
             raise TrackingError("MLflow at http://tracking could not be used")
         return server
 
-    monkeypatch.setattr("pipeline.tracking._client", connect)
+    monkeypatch.setattr("pipeline.tracking.open_client", connect)
     server.away = True
     settings = TrackingConfig(uri="http://tracking")
     with pytest.raises(TrackingError), open_run(settings, name="train", run_id="1"):

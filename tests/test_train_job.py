@@ -12,7 +12,7 @@ from pipeline.config import AnnotateConfig, EvaluateConfig, ShardConfig, Trackin
 from pipeline.errors import ConfigError
 from pipeline.model.decode import Decoding
 from pipeline.model.directory import load_model, model_digest
-from pipeline.tracking import registered_version
+from pipeline.model_registry import registered_version
 from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING, write_pictures
 
@@ -168,3 +168,14 @@ def same_weights(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 def test_the_best_checkpoint_is_asked_for_only_where_something_says_which_it_is(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="keep is best, but without --val nothing says which"):
         train.run(config(world, tmp_path / "model", keep="best", val=None))
+
+
+@pytest.mark.parametrize(("settings", "why"), [
+    ({"register": "pose"}, "--register pose needs MLflow"),
+    ({"optimiser": {"iterations": 4, "warmup_iterations": 4}}, "warm-up|warmup"),
+    ({"augmentation": {"half_body_upper": ["left_wing"]}}, "half_body_upper names left_wing")])
+def test_settings_that_could_only_fail_later_are_refused_before_anything_is_written(
+        world: Path, tmp_path: Path, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        train.run(config(world, tmp_path / "model", **settings))
+    assert not (tmp_path / "model").exists()

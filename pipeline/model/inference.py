@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pipeline.errors import ConfigError
+from pipeline.model.compiling import why_not_compile
 from pipeline.model.mspn import MSPN, ConvBNReLU
 
 # images [B, 3, H, W] float32 -> heatmaps [B, K, H/4, W/4] float32, on the same device
@@ -83,7 +85,12 @@ def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: in
 
 
 def _compiled(network: MSPN, mode: str, batch_size: int) -> Heatmaps:
-    """The network's `predict` by torch.compile, for batches of one size: another size would be compiled anew."""
+    """The network's `predict` by torch.compile, for batches of one size: another size would be compiled anew.
+
+    Refused with ConfigError: a machine that can't compile.
+    """
+    if problem := why_not_compile():
+        raise ConfigError(f"compile={mode} needs a compiler on each machine. {problem}; or leave compile out.")
     predict = torch.compile(network.predict, mode=mode, dynamic=False)
 
     def heatmaps(images: Tensor) -> Tensor:
