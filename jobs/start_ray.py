@@ -16,8 +16,8 @@ logger = logging.getLogger("jobs.ray")
 PROBED_OBJECTS = 5
 # How PyTorch's threads wait for each other. Those that spin for long starve each other where processes share cores, and
 # those that sleep at once are woken up too late between the small steps of a small network. A small MSPN on two cores,
-# samples/s: asleep at once 47, after 2,000 looks 72, after OpenMP's own 300,000 looks 80; two such processes on the same
-# two cores: 12, 11, no end within minutes (RESULTS.md)
+# samples/s: asleep at once 47, after 2,000 looks 72, after OpenMP's own 300,000 looks 80; two such processes on the
+# same two cores: 12, 11, no end within minutes (RESULTS.md)
 THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 

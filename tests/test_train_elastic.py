@@ -42,7 +42,10 @@ SCRIPT = textwrap.dedent("""
     def change_the_cluster(change, node):
         while not checkpoints.list_checkpoints(settings["output"]):
             time.sleep(0.1)
-        lose(node) if change == "lose" else cluster.add_node(num_cpus=2)
+        if change == "lose":
+            return lose(node)
+        ray._private.utils.set_sigterm_handler = lambda handler: None  # only the main thread may have one
+        cluster.add_node(num_cpus=2)
 
     settings, change = json.loads(sys.argv[1]), sys.argv[3]
     train.RESIZE_EVERY_S = 5.0
