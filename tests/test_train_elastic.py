@@ -46,6 +46,7 @@ SCRIPT = textwrap.dedent("""
             return lose(node)
         ray._private.utils.set_sigterm_handler = lambda handler: None  # only the main thread may have one
         cluster.add_node(num_cpus=2)
+        threading.Event().wait()  # the kernel ends a node with the thread that started it
 
     settings, change = json.loads(sys.argv[1]), sys.argv[3]
     train.RESIZE_EVERY_S = 5.0
@@ -89,7 +90,7 @@ def test_a_machine_that_is_taken_away_costs_no_more_than_the_warning_left_and_th
 
 
 def test_a_machine_that_comes_is_trained_on(tmp_path: Path) -> None:
-    result, said = train_while("grow", tmp_path, iterations=6000)
+    result, said = train_while("grow", tmp_path, iterations=2500)
     assert "going on after iteration" in said
-    assert result["iterations"] == 6000
-    assert 6000 * BATCH < result["samples"] < 2 * 6000 * BATCH  # some iterations had one worker, some had two
+    assert result["iterations"] == 2500
+    assert 2500 * BATCH < result["samples"] < 2 * 2500 * BATCH  # some iterations had one worker, some had two
