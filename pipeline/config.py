@@ -367,7 +367,7 @@ class DemoConfig(Settings):
 
     output: str = "demo"
     data: str | None = None
-    pictures: int = Field(320, ge=20)
+    pictures: int = Field(320, ge=64)
     iterations: int | None = Field(None, ge=1)
     tracking: TrackingConfig = TrackingConfig()
 

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError
 @pytest.mark.usefixtures("local_ray")
 def test_the_whole_line_ends_with_a_page_of_what_it_trained_and_one_of_a_photograph(tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
-    result = demo.run(DemoConfig(output=str(tmp_path / "demo"), pictures=20, iterations=30, tracking=tracking))
+    result = demo.run(DemoConfig(output=str(tmp_path / "demo"), pictures=64, iterations=30, tracking=tracking))
 
     assert result["train"]["promotion"]["moved"]
     assert result["annotate"]["counts"]["pictures"] == result["evaluate"]["counts"]["pictures"] == demo.VAL_PICTURES
