@@ -49,7 +49,7 @@ from pipeline.shards import open_shards
 
 OFF = TrackingConfig(enabled=False)
 BATCH_SIZE = 32
-TURNS = 3
+ALONE_SHARE = 1 / 3  # of --seconds: what runs alone is steady sooner than a training
 COCO_PICTURES, COCO_PERSONS = 56_599, 149_813  # of train2017 with keypoints
 PICTURES_PER_SHARD = 1000
 IMAGES_PER_SHARD = 50  # so that the small set has enough shards for several tasks
@@ -60,7 +60,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--config", help="train's settings, for the network and the crop's size")
-    parser.add_argument("--seconds", type=float, default=20, help="of each measurement, and of each training")
+    parser.add_argument("--seconds", type=float, default=20, help="of each training; what runs alone takes a third")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each; medians are told")
     parser.add_argument("--tables", default="input,training,order")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="of the DataLoader; threads too")
     parser.add_argument("--output", type=Path)
@@ -106,9 +107,9 @@ def measure_input(task: TrainTask, options: argparse.Namespace) -> dict[str, dic
         "their loader without heatmaps": lambda: loader(persons, spec, options.workers, heatmaps=False),
         "train's input: Ray tasks": lambda: ray_input(task, spec)}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(TURNS):
+    for _ in range(options.turns):
         for name, way in ways.items():
-            speeds[name].append(speed(way(), options.seconds / TURNS))
+            speeds[name].append(speed(way(), options.seconds * ALONE_SHARE))
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     theirs = next(iter(medians.values()))
     return {name: {"samples/s": median, "times": median / theirs} for name, median in medians.items()}
@@ -195,10 +196,10 @@ def rendered(joints_xy: npt.NDArray[np.float32], visible: npt.NDArray[np.int8], 
 def measure_training(task: TrainTask, options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """samples/s of the input alone, of the network alone, of both as `train` runs them, and the share of the limit."""
     network, spec = new_network(task)
-    alone = {"input alone": lambda: speed(ray_input(task, spec), options.seconds / TURNS),
-             "forward, backward and step alone": lambda: step_speed(task, network, spec, options.seconds / TURNS)}
+    alone = {"input alone": lambda: speed(ray_input(task, spec), options.seconds * ALONE_SHARE),
+             "forward, backward and step alone": lambda: step_speed(task, network, spec, options.seconds * ALONE_SHARE)}
     runs: dict[str, list[float]] = {name: [] for name in (*alone, "train")}
-    for turn in range(TURNS):
+    for turn in range(options.turns):
         for name, measure in alone.items():
             runs[name].append(measure())
         iterations = max(60, int(options.seconds * runs["forward, backward and step alone"][-1]
