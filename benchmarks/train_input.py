@@ -8,8 +8,9 @@ input     samples/s of Ray tasks as `train` has them, against the plain PyTorch 
           authors' (a worker for each core; each sample reads and decodes its picture, cuts the person out, normalises,
           and renders five heatmaps for each joint by OpenCV's GaussianBlur); the loader's crops alone, and the plain
           function that makes ours, tell what each part of that costs. In turns, median of the turns.
-training  samples/s of `train` with one worker, from its wait for the first batch to its last step, so that all of its
-          input is made in that time; against 1 / (input alone + forward, backward and step alone)
+training  samples/s of `train` with --ranks workers, from their wait for the first batch to their last step, so that all
+          of their input is made in that time; against 1 / (input alone + forward, backward and step alone), the latter
+          in as many plain processes at once, of as many threads, which don't speak with each other
 order     how well persons are shuffled, over an epoch of COCO's size with 1,000 pictures in a shard: pairs in a batch
           that come from one picture, and from how many shards a batch comes; against a shuffle of everybody
 """
@@ -17,12 +18,14 @@ order     how well persons are shuffled, over an epoch of COCO's size with 1,000
 import argparse
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,7 @@ ALONE_SHARE = 1 / 3  # of --seconds: what runs alone is steady sooner than a tra
 COCO_PICTURES, COCO_PERSONS = 56_599, 149_813  # of train2017 with keypoints
 PICTURES_PER_SHARD = 1000
 IMAGES_PER_SHARD = 50  # so that the small set has enough shards for several tasks
+together: Any  # the barrier of the processes that measure steps
 
 
 def main() -> int:
@@ -64,6 +68,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=3, help="measurements of each; medians are told")
     parser.add_argument("--tables", default="input,training,order")
     parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="of the DataLoader; threads too")
+    parser.add_argument("--ranks", type=int, default=1, help="workers of `train`, who share the threads")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.workers)
@@ -88,7 +93,8 @@ def open_task(options: argparse.Namespace, work: Path) -> TrainTask:
                           annotations=str(options.folder / "annotations" / "person_keypoints_train.json"),
                           images_per_shard=IMAGES_PER_SHARD, tracking=OFF))
     config = load_config(TrainConfig, files=list(filter(None, [options.config])), flags={
-        "data": str(shards), "output": str(work / "model"), "val": None, "workers": 1, "threads": options.workers,
+        "data": str(shards), "output": str(work / "model"), "val": None, "workers": options.ranks,
+        "threads": max(1, options.workers // options.ranks),
         "tracking": OFF.model_dump()})
     data = open_shards(str(shards))
     one = TrainingSet(data, 1.0, tuple(samples.trainable_counts(data)), tuple(range(COCO17.num_joints)))
@@ -195,15 +201,16 @@ def rendered(joints_xy: npt.NDArray[np.float32], visible: npt.NDArray[np.int8], 
 
 def measure_training(task: TrainTask, options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """samples/s of the input alone, of the network alone, of both as `train` runs them, and the share of the limit."""
-    network, spec = new_network(task)
-    alone = {"input alone": lambda: speed(ray_input(task, spec), options.seconds * ALONE_SHARE),
-             "forward, backward and step alone": lambda: step_speed(task, network, spec, options.seconds * ALONE_SHARE)}
+    spec = new_network(task)[1]
+    seconds = options.seconds * ALONE_SHARE
+    alone = {"input alone": lambda: speed(ray_input(task, spec), seconds),
+             "forward, backward and step alone": lambda: processes_speed(task, options.ranks, seconds)}
     runs: dict[str, list[float]] = {name: [] for name in (*alone, "train")}
     for turn in range(options.turns):
         for name, measure in alone.items():
             runs[name].append(measure())
         iterations = max(60, int(options.seconds * runs["forward, backward and step alone"][-1]
-                                 / task.config.optimiser.batch_size_per_worker))
+                                 / (task.config.optimiser.batch_size_per_worker * options.ranks)))
         runs["train"].append(train_speed(task, iterations, work / f"model-{turn}"))
     medians = {name: statistics.median(each) for name, each in runs.items()}
     limit = 1 / sum(1 / medians[name] for name in alone)
@@ -211,8 +218,22 @@ def measure_training(task: TrainTask, options: argparse.Namespace, work: Path) -
     return table | {"share of 1 / (input + network)": {"share": medians["train"] / limit}}
 
 
-def step_speed(task: TrainTask, network: torch.nn.Module, spec: ModelSpec, seconds: float) -> float:
-    """samples/s of steps on one batch that is in memory."""
+def processes_speed(task: TrainTask, ranks: int, seconds: float) -> float:
+    """samples/s of as many processes together as there are ranks; they begin to count at the same time."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(ranks, context, initializer=_share, initargs=(context.Barrier(ranks),)) as pool:
+        return sum(pool.map(step_speed, [task] * ranks, [seconds] * ranks))
+
+
+def _share(barrier: Any) -> None:
+    global together
+    together = barrier
+
+
+def step_speed(task: TrainTask, seconds: float) -> float:
+    """samples/s of steps on one batch that is in memory, in a process of `processes_speed`."""
+    torch.set_num_threads(task.config.threads or 1)
+    network, spec = new_network(task)
     network = network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = training.make_optimiser(network, weight_decay=task.config.optimiser.weight_decay)
     one = task.sets[0]
@@ -228,6 +249,7 @@ def step_speed(task: TrainTask, network: torch.nn.Module, spec: ModelSpec, secon
                                 bfloat16=task.config.precision == "bfloat16")
             yield len(batch.crops)
 
+    together.wait()
     return speed(steps(), seconds)
 
 
