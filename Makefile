@@ -19,7 +19,7 @@ test-all: lint
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/mypy pipeline jobs benchmarks
+	$(BIN)/mypy pipeline jobs cluster benchmarks
 
 setup: .venv/ready
 
