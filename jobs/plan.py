@@ -77,7 +77,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
     config = locations(config, "input", "scratch", "detector")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plan-")))
-        scratch = storage.join(config.scratch or str(folder), f"plan-{uuid.uuid4().hex[:8]}")
+        scratch = storage.join(config.scratch or str(folder), f"_scratch-{uuid.uuid4().hex[:8]}")
         (folder / "model").mkdir()
         model = find_model(config.model, settings=config.tracking, into=folder / "model")
         stack.enter_context(start_ray())
