@@ -1,4 +1,4 @@
-"""What the Kubernetes manifests promise: KubeRay takes them, our own command line takes their commands, nothing is open."""
+"""The Kubernetes manifests: KubeRay takes them, our own command line takes their commands, nothing is open."""
 
 import copy
 import re
