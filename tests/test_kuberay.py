@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.__main__ import JOBS, _parser, _setting
 from pipeline import config as settings
 from tests.kubernetes import ROOT, one, pod_specs, problems, render, schema
+from tests.mlflow_server import compose
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which is not here")
 
@@ -205,3 +207,38 @@ def test_jobs_ask_for_what_their_groups_can_give() -> None:
     assert f"actors={groups_of('annotate')['gpu-worker']['maxReplicas']} " in annotate
     # without a GPU in sight at its start annotate would take processors, unless it is told
     assert "backend=cuda" in annotate
+
+
+@pytest.fixture(scope="module")
+def mlflow() -> dict[str, dict[str, Any]]:
+    """The manifests of cluster/mlflow/kubernetes.yaml by kind."""
+    path = ROOT / "cluster" / "mlflow" / "kubernetes.yaml"
+    return {each["kind"]: each for each in yaml.safe_load_all(path.read_text())}
+
+
+def test_kubernetes_takes_every_field_of_mlflows_pod(mlflow: dict[str, Any], shared: Path) -> None:
+    job = schema_of("RayJob", shared)["properties"]["spec"]["properties"]
+    template = mlflow["Deployment"]["spec"]["template"]
+    assert problems(template, job["rayClusterSpec"]["properties"]["headGroupSpec"]["properties"]["template"]) == []
+
+
+def test_mlflow_on_kubernetes_is_the_compose_files_server(mlflow: dict[str, Any]) -> None:
+    compose_file = compose({"MLFLOW_ARTIFACTS": "s3://BUCKET/mlflow", "POSTGRES_PASSWORD": "p"})["services"]["mlflow"]
+    container = mlflow["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    command = [*container["command"], *container["args"]]
+    flags = [word for word in compose_file["command"] if word.startswith("--")]
+    assert [word for word in command if word.startswith("--")] == flags
+    assert command[:4] == compose_file["command"][:4]
+    assert {each["name"] for each in container["env"]} == set(compose_file["environment"])
+    assert container["image"].endswith(compose_file["image"].rpartition("/")[2])
+
+
+def test_jobs_find_mlflow_where_it_is_and_nobody_else_does(mlflow: dict[str, Any]) -> None:
+    place = one("annotate", "ConfigMap")["data"]["MLFLOW_TRACKING_URI"]
+    service, policy = mlflow["Service"], mlflow["NetworkPolicy"]["spec"]
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    assert place == f"http://{name}.{namespace}.svc:{service['spec']['ports'][0]['port']}"
+    hosts = mlflow["Deployment"]["spec"]["template"]["spec"]["containers"][0]["args"][-1].split(",")
+    assert f"{name}.{namespace}.svc:*" in hosts
+    assert service["spec"]["selector"] == policy["podSelector"]["matchLabels"]
+    assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}}]

@@ -82,7 +82,8 @@ def _postgres(folder: Path) -> Iterator[str]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 assert server.wait(0.2) == 0, "PostgreSQL has ended"
         subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
-        yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+        uri = compose(GIVEN)["services"]["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+        yield uri.replace("@postgres:5432/", f"@127.0.0.1:{port}/")
     finally:
         server.send_signal(signal.SIGINT)  # "fast": it doesn't wait for whoever is connected
         server.wait(30)
