@@ -3,17 +3,20 @@
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pwd
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +30,14 @@ from pipeline.pose.skeleton import COCO17
 from pipeline.tracking import open_run
 from tests.mlflow_server import COMPOSE, compose, free_port, mlflow_server
 from tests.s3 import S3Server
+from tests.worlds import write_pictures
 
 ROOT = COMPOSE.parents[2]
 GIVEN = {"MLFLOW_ARTIFACTS": "s3://bucket/mlflow", "POSTGRES_PASSWORD": "p"}
+TINY_TRAINING = ("network.num_stages=1", "network.input_size_wh=[64, 64]", "network.blocks=[1, 1, 1, 1]",
+                 "network.widths=[4, 4, 4, 4]", "network.stem_channels=4", "network.upsample_channels=8",
+                 "optimiser.iterations=4", "optimiser.warmup_iterations=1", "optimiser.batch_size_per_worker=4",
+                 "validate_every=2", "threads=1")
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
@@ -151,6 +159,37 @@ def test_with_postgresql_runs_and_models_outlive_the_server(
         again = resolve_model("models:/pose@champion", tracking=TrackingConfig(uri=uri), into=tmp_path / "later")
 
     assert file_sha256(again) == file_sha256(model_directory)
+
+
+@pytest.mark.slow
+def test_a_model_that_train_registers_is_the_one_that_annotate_takes_by_its_alias(
+        s3: S3Server, bucket: str, tmp_path: Path, no_s3: None) -> None:
+    import mlflow
+
+    world = write_pictures(tmp_path / "in")
+    with mlflow_server(tmp_path, artifacts=f"{bucket}/mlflow", store=f"sqlite:///{tmp_path}/mlflow.db",
+                       environment=s3.environment) as uri:
+        def job(*arguments: str) -> dict[str, Any]:
+            done = subprocess.run([sys.executable, "-m", "jobs", *arguments], capture_output=True, text=True, cwd=ROOT,
+                                  env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+            assert done.returncode == 0, done.stderr
+            answer: dict[str, Any] = json.loads(done.stdout)
+            return answer
+
+        shards = str(tmp_path / "shards")
+        job("shard", "--images", f"{world}/images", "--annotations", f"{world}/annotations.json", "--output", shards)
+        trained = job("train", "--data", shards, "--val", shards, "--output", f"{tmp_path}/model", "--register", "pose",
+                      "--workers", "1", *(word for each in TINY_TRAINING for word in ("--set", each)))
+        job("annotate", "--input", shards, "--model", "models:/pose@candidate", "--output", f"{tmp_path}/keypoints",
+            "--set", "threads=1")
+        run = mlflow.MlflowClient(uri).get_run(trained["run_id"])
+
+    assert run.info.status == "FINISHED"
+    assert {"loss", "val_ap"} <= run.data.metrics.keys()
+    stored = keys_below(s3, bucket, "mlflow/")
+    assert [key for key in stored if key.endswith("/validation/iteration-0000004.jpg")]
+    for name in ("model.json", "model.safetensors"):
+        assert (tmp_path / "keypoints" / "_model" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
 def test_what_must_be_given_is_refused_when_it_is_not() -> None:
