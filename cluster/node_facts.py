@@ -119,6 +119,7 @@ def look_around(inputs: Sequence[str], outputs: Sequence[str], *, mlflow_uri: st
 def look_at_store(uri: str, *, writes: bool) -> StoreFacts:
     """Whether the URI can be listed and, for an output, takes a put exactly once; the probe is removed again."""
     try:
+        storage.describe_object(uri)  # the first request of a process makes the client, which takes a second or two
         began = time.monotonic()
         first = storage.describe_object(uri) or next(storage.list_objects(uri), None)
         listed = time.monotonic()

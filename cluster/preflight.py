@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
-INSIDE = "ray job submit --working-dir . -- python -m cluster preflight ..."
+INSIDE = "ray job submit --working-dir . -- python -m cluster preflight --output URI"
 
 
 def preflight(address: str | None, inputs: Sequence[str], outputs: Sequence[str], *, allow_open: bool,
@@ -69,8 +69,10 @@ def _from_outside(address: str, *, allow_open: bool) -> list[Verdict]:
         agree = theirs == ray.__version__
         ray_verdict = Verdict("Ray", OK if agree else FAILED, f"{theirs} there, {ray.__version__} here",
                               "" if agree else "Install the cluster's version here, or the reverse")
+    elif ours.status is None:
+        ray_verdict = Verdict("Ray", FAILED, f"no answer: {ours.text}", "Check --address, and that the dashboard runs")
     else:
-        ray_verdict = Verdict("Ray", FAILED, f"{ours.status or 'no answer'} {ours.text} to our token",
+        ray_verdict = Verdict("Ray", FAILED, f"{ours.status} {ours.text} to this machine's token",
                               verdicts.TOKEN_REMEDY.replace("Start every node with", "Set, as the cluster has them,"))
     return [ray_verdict, access, Verdict("nodes", SKIPPED, "a dashboard's address doesn't reach nodes: their versions, "
                                          "storage, GPUs, disks and clocks weren't looked at",
@@ -93,8 +95,10 @@ def _no_connection(address: str, error: Exception) -> Verdict:
     if "uthentication" in said or "oken" in said:
         return Verdict("Ray", FAILED, said, "Set RAY_AUTH_MODE=token and, as the cluster has it, RAY_AUTH_TOKEN or "
                                             "RAY_AUTH_TOKEN_PATH")
-    return Verdict("Ray", FAILED, f"{address} can't be reached: {said}", "Check the address, that the head runs, that "
-                                  "its port is open to this machine, and this machine's token")
+    return Verdict("Ray", FAILED, f"{address} can't be reached: {said}",
+                   "Check the address, that the head runs and its port is open to this machine, and that here as on "
+                   "the cluster RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH are set "
+                   '("Unauthenticated" among the lines above says that they differ)')
 
 
 def _from_inside(driver: NodeFacts, inputs: Sequence[str], outputs: Sequence[str], mlflow_uri: str | None, *,
