@@ -45,11 +45,12 @@ def preflight(address: str | None, inputs: Sequence[str], outputs: Sequence[str]
                 verdicts.judge_mlflow(mlflow_uri, here, client=version("mlflow"), num_nodes=1),
                 verdicts.judge_skew(_stores_offset())]
     try:
-        _within(timeout_s, lambda: _connect(address))
+        dashboard_url = _within(timeout_s, lambda: _connect(address))
     except Exception as error:  # Ray has many kinds, and each is a verdict
         return [_no_connection(address, error), *verdicts.judge_stores(here)]
     try:
-        return _from_inside(driver, inputs, outputs, mlflow_uri, allow_open=allow_open, timeout_s=timeout_s)
+        return _from_inside(driver, inputs, outputs, mlflow_uri, dashboard_url=dashboard_url, allow_open=allow_open,
+                            timeout_s=timeout_s)
     finally:
         import ray
 
@@ -79,13 +80,15 @@ def _from_outside(address: str, *, allow_open: bool) -> list[Verdict]:
                                          f"Run it inside: {INSIDE}")]
 
 
-def _connect(address: str) -> None:
+def _connect(address: str) -> str | None:
+    """Connect; the dashboard's URL, None where there is none. A `ray://` address gives it as others do."""
     import ray
 
     # our packages travel with the question, unless a submitted job has brought them already
     inside = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     shipped = {} if inside else {"py_modules": [str(ROOT / name) for name in ("pipeline", "jobs", "cluster")]}
-    ray.init(address=address, runtime_env=shipped, log_to_driver=False, logging_level=logging.ERROR)
+    url = ray.init(address=address, runtime_env=shipped, log_to_driver=False, logging_level=logging.ERROR).dashboard_url
+    return (url if "://" in url else f"http://{url}") if url else None
 
 
 def _no_connection(address: str, error: Exception) -> Verdict:
@@ -102,13 +105,12 @@ def _no_connection(address: str, error: Exception) -> Verdict:
 
 
 def _from_inside(driver: NodeFacts, inputs: Sequence[str], outputs: Sequence[str], mlflow_uri: str | None, *,
-                 allow_open: bool, timeout_s: float) -> list[Verdict]:
+                 dashboard_url: str | None, allow_open: bool, timeout_s: float) -> list[Verdict]:
     import ray
 
     alive = {f"{node['NodeManagerHostname']}/{node['NodeManagerAddress']}/{node['NodeID'][:6]}": node
              for node in ray.nodes() if node["Alive"]}
     dead = len(ray.nodes()) - len(alive)
-    dashboard_url = _dashboard_url()
     nodes, offsets, silent = _ask_nodes(alive, [uri for uri in inputs if storage.is_remote(uri)],
                                         [uri for uri in outputs if storage.is_remote(uri)], timeout_s=timeout_s,
                                         mlflow_uri=_served(mlflow_uri), dashboard_url=dashboard_url)
@@ -159,15 +161,6 @@ def _ask_nodes(alive: dict[str, dict[str, Any]], inputs: Sequence[str], outputs:
         silent.append(Verdict(f"node {name}", FAILED, f"no answer within {timeout_s:g} s", "Look for a store or an "
                               "MLflow that doesn't answer from there, or give more --timeout"))
     return facts, offsets, silent
-
-
-def _dashboard_url() -> str | None:
-    import ray
-
-    context = ray.get_runtime_context().worker
-    node = getattr(context, "node", None)
-    url = node.webui_url if node else None
-    return f"http://{url}" if url else None
 
 
 def _dashboard_answer(nodes: dict[str, NodeFacts]) -> Answer | None:
