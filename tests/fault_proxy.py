@@ -101,6 +101,7 @@ class FaultProxy:
     judge: Callable[[Logged], Fault | None] | None = None  # asked for each request, one at a time, before the scripts
     let_go: threading.Event = field(default_factory=threading.Event)  # of what is late
     num_late: int = 0  # that are still held
+    ignores_conditions: bool = False  # the store never hears of If-None-Match, as some stores don't
     _scripts: list[_Script] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
@@ -220,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask(self, onward: http.client.HTTPConnection, body: bytes) -> _Answer:
         onward.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
+            if name.lower() == "if-none-match" and self.proxy.ignores_conditions:
+                continue
             if name.lower() not in _HOP_BY_HOP or (name.lower() == "content-length"):
                 onward.putheader(name, value)
         onward.endheaders(body or None)
