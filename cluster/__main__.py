@@ -1,4 +1,4 @@
-"""The command line: `python -m cluster preflight [--address ADDRESS] [--input URI ...] [--output URI ...]`.
+"""The command line: `python -m cluster preflight [--address ADDRESS] [--input URI ...] [--output URI ...]`, `spot-watch`.
 
 As with `python -m jobs`: people read stderr; stdout gets one JSON object as its last line. Exit code 0: nothing failed;
 1: something did; 2: the command is wrong.
@@ -19,6 +19,14 @@ NODE_TIMEOUT_S = 60
 def main(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
     options = _parser().parse_args(arguments)
+    if options.command == "spot-watch":
+        from cluster import spot_watch
+
+        return spot_watch.watch()
+    return _preflight(options)
+
+
+def _preflight(options: argparse.Namespace) -> int:
     from cluster import verdicts  # Ray and torch take seconds: not for --help
     from cluster.preflight import preflight
 
@@ -47,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="a cluster beyond loopback without tokens is a warning, not a failure")
     one.add_argument("--timeout", type=float, default=NODE_TIMEOUT_S, metavar="SECONDS",
                      help="for the connection, and for all nodes together (default %(default)s)")
+    commands.add_parser("spot-watch", help="on a spot machine of AWS: tell Ray before AWS takes the machine away")
     return parser
 
 

@@ -6,7 +6,6 @@ AWS gives two minutes' notice in the machine's own metadata, which nothing in Ra
 work, tells those who ask (`train` does), and counts the restart of an actor there against nobody.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -37,10 +35,8 @@ class Notice:
     seconds_left: int
 
 
-def main(arguments: Sequence[str]) -> int:
+def watch() -> int:
     """Look until there is a notice; tell Ray; 0 then. 1 if this machine has no metadata, or Ray didn't take it."""
-    parser = argparse.ArgumentParser(prog="python -m cluster spot-watch", description=str(__doc__).splitlines()[0])
-    parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         notice = wait_for_notice(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", ADDRESS).rstrip("/"))

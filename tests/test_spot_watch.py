@@ -72,14 +72,14 @@ def test_ray_is_told_once_there_is_a_notice(metadata: str, monkeypatch: pytest.M
     Metadata.notices = [None, in_two_minutes()]
     told: list[Notice] = []
     monkeypatch.setattr(spot_watch, "drain", lambda notice: told.append(notice) or 0)
-    assert spot_watch.main([]) == 0
+    assert spot_watch.watch() == 0
     assert [notice.action for notice in told] == ["terminate"]
 
 
 def test_a_machine_without_metadata_is_told_so(monkeypatch: pytest.MonkeyPatch,
                                                caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
-    assert spot_watch.main([]) == 1
+    assert spot_watch.watch() == 1
     assert "no machine of AWS" in caplog.text
 
 
