@@ -1,4 +1,4 @@
-"""The command line: `python -m cluster preflight [--address ADDRESS] [--input URI ...] [--output URI ...]`, `spot-watch`.
+"""The command line: `python -m cluster preflight [--address ADDRESS] [--input URI ...] [--output URI ...]`, and others.
 
 As with `python -m jobs`: people read stderr; stdout gets one JSON object as its last line. Exit code 0: nothing failed;
 1: something did; 2: the command is wrong.
