@@ -1,8 +1,8 @@
 """A Ray cluster of several hosts on this one machine, with an S3 and an MLflow server as further hosts: to try what
 survives what. `python -m cluster hosts` is this module.
 
-    python -m cluster hosts up [--workers 3] [COMMAND ...]     a shell, or a command, on the head; ends the cluster at its end
-    python -m cluster hosts kill|cut|mend HOST                 from another terminal: power failure, network down, up again
+    python -m cluster hosts up [--workers 3] [COMMAND ...]  a shell, or a command, on the head; with it the cluster ends
+    python -m cluster hosts kill|cut|mend HOST              from another terminal: power failure, network down, up
 
 The cluster is as one in production should be: tokens are asked for, the head takes no work, memory is limited.
 """
@@ -20,6 +20,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.namespaces import Host, Network, find_host, live_networks, why_not
 
@@ -43,7 +45,8 @@ class Hosts:
         self.network = Network(folder)
         self.folder = self.network.folder
         self._given = dict(environment or {})
-        self._head = self._mlflow = self._s3 = ""
+        self._servers: dict[str, tuple[Sequence[str], subprocess.Popen[Any]]] = {}
+        self.head = ""  # the name of the newest one
 
     def __enter__(self) -> "Hosts":
         self.network.__enter__()
@@ -63,15 +66,18 @@ class Hosts:
     def environment(self) -> dict[str, str]:
         """What a process in a host finds: where the servers are, and the token."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_", "MLFLOW_"))}
-        found = {"AWS_ENDPOINT_URL": self._s3, "MLFLOW_TRACKING_URI": self._mlflow}
+        servers = {setting: f"http://{self.host(name).ip}:{port}" for name, setting, port in
+                   (("s3", "AWS_ENDPOINT_URL", S3_PORT), ("mlflow", "MLFLOW_TRACKING_URI", MLFLOW_PORT))
+                   if name in self.network.hosts}
         return {**outer, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token),
-                **CREDENTIALS, **{name: value for name, value in found.items() if value}, **self._given}
+                **CREDENTIALS, **servers, **self._given}
 
     @property
     def job_environment(self) -> dict[str, str]:
         """The same, and the cluster that jobs and `ray job submit` go to."""
-        return self.environment | {"RAY_ADDRESS": f"{self._head}:{GCS_PORT}",
-                                   "RAY_API_SERVER_ADDRESS": f"http://{self._head}:{JOBS_PORT}"}
+        head = self.host(self.head).ip
+        return self.environment | {"RAY_ADDRESS": f"{head}:{GCS_PORT}",
+                                   "RAY_API_SERVER_ADDRESS": f"http://{head}:{JOBS_PORT}"}
 
     def host(self, name: str) -> Host:
         """The host of that name."""
@@ -79,46 +85,55 @@ class Hosts:
 
     # --- servers --------------------------------------------------------------------------------------------------
 
-    def serve(self, name: str, command: Sequence[str], *, answers: str) -> "subprocess.Popen[Any]":
-        """Run a server in the host of that name, and wait for it to answer at `answers`, such as ":5000/health"."""
-        host = self.network.hosts.get(name) or self.network.start(name)
-        log = self.folder / f"{name}.log"
-        with log.open("ab") as output:
-            server = host.popen(command, environment=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL,
-                                stdout=output, stderr=output)
+    def start_s3(self) -> None:
+        """moto's server on host s3, with an empty bucket: s3://pose. It holds all in memory."""
+        host = self.network.start("s3")
+        self._serve("s3", [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(S3_PORT)])
+        self._wait_for("s3", f"http://{host.ip}:{S3_PORT}/moto-api/")
+        bucket = urllib.request.Request(f"http://{host.ip}:{S3_PORT}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(bucket, timeout=10).close()
+
+    def start_mlflow(self) -> None:
+        """A tracking server on host mlflow, on SQLite; its artifacts are in a folder."""
+        host = self.network.start("mlflow")
+        self._serve("mlflow", [
+            "env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", sys.executable, "-m", "mlflow", "server",
+            "--host", "0.0.0.0", "--port", str(MLFLOW_PORT), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+            "--artifacts-destination", str(self.folder / "artifacts")])
+        self._wait_for("mlflow", f"http://{host.ip}:{MLFLOW_PORT}/health")
+
+    def restart(self, name: str) -> None:
+        """SIGKILL a server, and run it anew, without what it held in memory. Nobody waits until it answers."""
+        command, server = self._servers[name]
+        own = psutil.Process(server.pid).children(recursive=True)
+        server.kill()
+        server.wait()
+        for process in own:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(own, timeout=START_S)
+        self._serve(name, command)
+
+    def _serve(self, name: str, command: Sequence[str]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as output:
+            self._servers[name] = command, self.host(name).popen(
+                command, environment=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output)
+
+    def _wait_for(self, name: str, url: str) -> None:
         deadline = time.monotonic() + START_S
-        while not _answers(f"http://{host.ip}{answers}"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                server.kill()
-                raise OSError(f"{name} didn't begin to answer within {START_S} s; see {log}.")
+        while not _answers(url):
+            if self._servers[name][1].poll() is not None or time.monotonic() > deadline:
+                raise OSError(f"{name} didn't answer within {START_S} s; see {self.folder / name}.log.")
             time.sleep(0.2)
-        return server
-
-    def start_s3(self, name: str = "s3") -> "subprocess.Popen[Any]":
-        """moto's server, with an empty bucket: s3://pose. It holds all in memory."""
-        server = self.serve(name, [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(S3_PORT)],
-                            answers=f":{S3_PORT}/moto-api/")
-        self._s3 = f"http://{self.host(name).ip}:{S3_PORT}"
-        urllib.request.urlopen(urllib.request.Request(f"{self._s3}/{BUCKET}", method="PUT"), timeout=10).close()
-        return server
-
-    def start_mlflow(self, name: str = "mlflow") -> "subprocess.Popen[Any]":
-        """A tracking server on SQLite, whose artifacts are in a folder of its own."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "0.0.0.0", "--port", str(MLFLOW_PORT),
-                   "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-                   "--artifacts-destination", str(self.folder / "artifacts")]
-        host = self.network.start(name)
-        server = self.serve(name, ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", *command],
-                            answers=f":{MLFLOW_PORT}/health")
-        self._mlflow = f"http://{host.ip}:{MLFLOW_PORT}"
-        return server
 
     # --- Ray ------------------------------------------------------------------------------------------------------
 
     def start_head(self, name: str = "head") -> Host:
         """A head, which takes no work. Jobs go to the newest."""
         host = self.network.start(name)
-        self._head = host.ip
+        self.head = name
         self._ray_start(host, "--head", f"--port={GCS_PORT}", "--dashboard-host=0.0.0.0",
                         f"--dashboard-port={JOBS_PORT}", "--num-cpus=0", memory_mb=1000)
         return host
@@ -126,7 +141,7 @@ class Hosts:
     def start_workers(self, names: Sequence[str], *, num_cpus: int = 2) -> list[Host]:
         """Workers of the newest head."""
         for name in names:
-            self._ray_start(self.network.start(name), f"--address={self._head}:{GCS_PORT}", f"--num-cpus={num_cpus}",
+            self._ray_start(self.network.start(name), f"--address={self.host(self.head).ip}:{GCS_PORT}", f"--num-cpus={num_cpus}",
                             memory_mb=2500)
         return [self.host(name) for name in names]
 
@@ -143,7 +158,8 @@ class Hosts:
         """A user's command on a host, in the project's folder. `options` are Popen's."""
         return self.host(name).popen(command, environment=self.job_environment, cwd=ROOT, **options)
 
-    def run(self, name: str, command: Sequence[str], *, timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
+    def run(self, name: str, command: Sequence[str], *,
+            timeout: float | None = None) -> "subprocess.CompletedProcess[str]":
         """The same, waited for; stdout has both streams."""
         process = self.popen(name, command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)

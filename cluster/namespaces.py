@@ -28,6 +28,7 @@ mount -t tmpfs -o size={shared_memory_mb}m tmpfs /dev/shm
 mkdir -p /tmp/ray
 mount --bind {folder}/{name} /tmp/ray
 mount --bind {folder}/hosts /etc/hosts
+mount --bind {folder}/resolv.conf /etc/resolv.conf
 echo up
 sleep infinity & wait
 """
@@ -111,6 +112,7 @@ class Network:
             raise OSError(f"Hosts of their own can't be made here: {reason}.")
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "hosts").write_text("127.0.0.1 localhost\n")
+        (self.folder / "resolv.conf").touch()  # this machine's name server is out of reach: each question takes seconds
         self.number, self._lock = _claim()
         try:
             _ip("link", "add", _bridge(self.number), "type", "bridge")
