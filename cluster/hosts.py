@@ -140,9 +140,9 @@ class Hosts:
 
     def start_workers(self, names: Sequence[str], *, num_cpus: int = 2) -> list[Host]:
         """Workers of the newest head."""
+        address = f"{self.host(self.head).ip}:{GCS_PORT}"
         for name in names:
-            self._ray_start(self.network.start(name), f"--address={self.host(self.head).ip}:{GCS_PORT}", f"--num-cpus={num_cpus}",
-                            memory_mb=2500)
+            self._ray_start(self.network.start(name), f"--address={address}", f"--num-cpus={num_cpus}", memory_mb=2500)
         return [self.host(name) for name in names]
 
     def _ray_start(self, host: Host, *options: str, memory_mb: int) -> None:

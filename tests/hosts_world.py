@@ -21,14 +21,15 @@ SAVE = """
 import pickle, sys, boto3
 s3 = boto3.client("s3", endpoint_url=sys.argv[2])
 pages = s3.get_paginator("list_objects_v2").paginate(Bucket="pose")
-found = [s3.get_object(Bucket="pose", Key=one["Key"]) | {"Key": one["Key"]} for page in pages for one in page["Contents"]]
-kept = [{"Key": one["Key"], "Metadata": one["Metadata"], "Body": one["Body"].read()} for one in found]
+found = [(key["Key"], s3.get_object(Bucket="pose", Key=key["Key"])) for page in pages for key in page["Contents"]]
+kept = [{"Key": key, "Metadata": one["Metadata"], "Body": one["Body"].read()} for key, one in found]
 open(sys.argv[1], "wb").write(pickle.dumps(kept))
 """
 RESTORE = """
 import pickle, sys, boto3
 from botocore.config import Config
-s3 = boto3.client("s3", endpoint_url=sys.argv[2], config=Config(retries={"total_max_attempts": 10}))  # it has just begun
+# it has just begun
+s3 = boto3.client("s3", endpoint_url=sys.argv[2], config=Config(retries={"total_max_attempts": 10}))
 s3.create_bucket(Bucket="pose")
 for one in pickle.loads(open(sys.argv[1], "rb").read()):
     s3.put_object(Bucket="pose", **one)

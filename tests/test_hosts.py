@@ -34,7 +34,7 @@ ANNOTATOR, TRAINER = "AnnotatingActor", "RayTrainWorker"
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    """Head, three workers, S3 and MLflow, each a host; pictures, an untrained model and a shard dataset in the bucket."""
+    """Head, three workers, S3 and MLflow, each a host; in the bucket pictures, an untrained model, a shard dataset."""
     if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("hosts")
