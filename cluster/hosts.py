@@ -178,7 +178,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: hosts of their own can't be made here: {reason}.", file=sys.stderr)
         return 2
     if options.what == "up":
-        return _up(options.workers, options.command or [os.environ.get("SHELL", "bash")])
+        command = options.command[options.command[:1] == ["--"]:]
+        return _up(options.workers, command or [os.environ.get("SHELL", "bash")])
     networks = live_networks()
     if len(networks) != 1 and options.network is None:
         print(f"error: {len(networks)} clusters of hosts are up here; expected one, or --network with one of "
