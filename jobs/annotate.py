@@ -18,7 +18,7 @@ import pyarrow as pa
 from jobs.annotate_pool import UnitTask, annotate_units, pool_sizes
 from jobs.progress import Progress, RejectionBudget
 from jobs.record import record_run
-from jobs.start_ray import native_precision, num_cpus, num_gpus, refuse_unshared, start_ray
+from jobs.start_ray import actor_threads, native_precision, num_gpus, refuse_unshared, start_ray
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
@@ -116,8 +116,7 @@ def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict
         "backend": backend,
         "precision": config.precision if config.precision != "auto" else frozen.get("precision") or native_precision(
             gpu=backend == "cuda"),
-        # one thread for each actor keeps two cores busy with decoding and network at once
-        "threads": config.threads or (1 if num_cpus() <= 4 else 4)}
+        "threads": config.threads or actor_threads()}
     automatic = [name for name in resolved if getattr(config, name) in (None, "auto")]
     resolved |= {name: frozen[name] for name in automatic if name in frozen}
     _refuse_compiling(config, backend)

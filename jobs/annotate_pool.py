@@ -1,16 +1,18 @@
 """The Ray Data actor pools of `annotate`: units in, receipts out. A unit that ends its actor twice gives none."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.start_ray import num_cpus, num_gpus
+from jobs.start_ray import node_cpus, num_gpus
 from pipeline.boxes import DETECT
 from pipeline.unit_annotator import Receipt, UnitAnnotator
 from pipeline.unit_detector import DetectedUnit, UnitDetector
 from pipeline.units import FrozenJob
 
+logger = logging.getLogger("jobs.annotate")
 ACTOR_RESTARTS = 4
 DECODER = "pipeline.images"
 
@@ -66,7 +68,11 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
 def pool_sizes(job: FrozenJob, *, actors: int | None, detectors: int | None) -> PoolSizes:
     """How many actors there are; `actors`, `detectors`: as the user says, otherwise as many as there are cores for."""
     threads, detecting = job.intent["threads"], job.intent["boxes"]["kind"] == DETECT
-    slots = max(1, num_cpus() // threads)
+    slots = sum(cpus // threads for cpus in node_cpus())
+    if not slots:
+        logger.warning("each actor takes %d threads, and no node of the cluster has so many cores: this waits for one "
+                       "that has. Otherwise set threads to fewer, in a new --output.", threads)
+        slots = 1
     if job.intent["backend"] == "cuda":
         annotators = actors or max(1, num_gpus())
         found = detectors or max(1, slots - annotators)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.start_ray import num_cpus, num_gpus, refuse_unshared, start_ray
+from jobs.start_ray import actor_threads, node_cpus, num_gpus, refuse_unshared, start_ray
 from pipeline import model_registry, promotion, tracking
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
@@ -260,8 +260,8 @@ def _validated_shards(models: Sequence[Path], data: ShardDataset,
     from ray.util import ActorPool
 
     gpus = num_gpus()
-    threads = rules.threads or (1 if num_cpus() <= 4 else 4)  # as `annotate` has it
-    actors = gpus or max(1, num_cpus() // threads)
+    threads = rules.threads or actor_threads()
+    actors = gpus or max(1, sum(cpus // threads for cpus in node_cpus()))
     measurement = ray.put(Measurement(
         [{name: (directory / name).read_bytes() for name in FILES} for directory in models],
         dataclasses.replace(data, json={}), CUDA if gpus else cpu_backend(), rules.precision, threads))

@@ -136,6 +136,24 @@ def num_cpus() -> int:
     return cpus if os.environ.get("RAY_ADDRESS") else min(cpus, os.cpu_count() or 1)
 
 
+def node_cpus() -> list[int]:
+    """The same for each node that is alive."""
+    import ray
+
+    if not os.environ.get("RAY_ADDRESS"):
+        return [num_cpus()]
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def actor_threads() -> int:
+    """Threads of an actor on CPUs, where nobody says.
+
+    One thread for each actor keeps a few cores busy with decoding and network at once. Of more than one an actor would
+    never start where no node has so many cores, however many all nodes have together.
+    """
+    return 1 if num_cpus() <= 4 or max(node_cpus()) < 4 else 4
+
+
 def native_precision(*, gpu: bool) -> str:
     """bfloat16 where a node that would do the work computes it natively, else float32; a task there looks."""
     import ray

@@ -55,11 +55,13 @@ def validate_inline(models: Sequence[Path], data: ShardDataset,
 # (module, name in it, what stands there instead)
 WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, name, instead) for module in (annotate, plan, shard) for name, instead in (
-        ("start_ray", contextlib.nullcontext), ("num_cpus", lambda: 1), ("refuse_unshared", lambda **_: None))),
+        ("start_ray", contextlib.nullcontext), ("refuse_unshared", lambda **_: None))),
+    *((module, "num_cpus", lambda: 1) for module in (plan, shard)),
+    (annotate, "actor_threads", lambda: 1),
     (shard, "ShardWriter", InlineWriter),
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
-    (annotate_pool, "num_cpus", lambda: 1),
+    (annotate_pool, "node_cpus", lambda: [1]),
     (promote, "start_ray", contextlib.nullcontext),
     (promote, "refuse_unshared", lambda **_: None),
     (promote, "_validated_shards", validate_inline),
