@@ -69,8 +69,9 @@ class Hosts:
         servers = {setting: f"http://{self.host(name).ip}:{port}" for name, setting, port in
                    (("s3", "AWS_ENDPOINT_URL", S3_PORT), ("mlflow", "MLFLOW_TRACKING_URI", MLFLOW_PORT))
                    if name in self.network.hosts}
-        return {**outer, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token),
-                **CREDENTIALS, **servers, **self._given}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` and `ray` are the project's
+        return {**outer, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.token), **CREDENTIALS, **servers, **self._given}
 
     @property
     def job_environment(self) -> dict[str, str]:
