@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.start_ray import num_gpus
+from jobs.start_ray import num_gpus, present_gpus
 from pipeline import samples, storage
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -98,7 +98,7 @@ def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[T
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
         "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
     if config.workers == "auto":
-        intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
+        intent["workers"] = frozen.get("workers") or _workers_for_all()
     if config.precision == "auto":
         intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
     if config.trunk is not None:
@@ -107,3 +107,11 @@ def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[T
         intent["sets"] = [one.model_dump(mode="json", exclude={"uri"}) for one in config.data]
     skeleton = sets[0].dataset.skeleton
     return intent | {"joints": list(skeleton.joints) if skeleton else []}
+
+
+def _workers_for_all() -> str:
+    """One for each GPU that is there, or one on CPUs. Refuses (ConfigError) to guess where GPUs are yet to come."""
+    if num_gpus() and not present_gpus():
+        raise ConfigError(f"workers=auto is one for each GPU of the cluster, which has none yet, though it would "
+                          f"start up to {num_gpus()}. Give --workers: the learning rate follows it.")
+    return str(max(present_gpus(), 1))
