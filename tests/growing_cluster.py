@@ -6,9 +6,11 @@ In a PID namespace of its own, so that all of it ends with it, and a mount names
 lacks stands in its place. GPUs are logical. Prints what was seen as one JSON object on its last line.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -44,12 +46,12 @@ def fake_config(address: str) -> dict[str, Any]:
                          "gcs_address": address}} | {name: [] for name in COMMANDS}
 
 
-def start_head(folder: Path) -> None:
+def start_head(folder: Path) -> "subprocess.Popen[bytes]":
     """A head with the autoscaler, its processes children of this one; RAY_ADDRESS says where."""
     import ray
     from ray._private.services import get_node_ip_address
 
-    address = f"{get_node_ip_address()}:6399"
+    address = f"{get_node_ip_address()}:{free_port()}"
     config = json.dumps(fake_config(address))
     (folder / "cluster.json").write_text(config)
     place = Path(ray.__file__).parent / "autoscaler" / "_private" / "fake_multi_node"
@@ -59,11 +61,19 @@ def start_head(folder: Path) -> None:
     settings = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
                 "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     log = (folder / "head.log").open("wb")
-    subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0",
-                      "--num-gpus=0", f"--port={address.rpartition(':')[2]}", "--object-store-memory=200000000",
-                      f"--temp-dir={folder}", f"--autoscaling-config={folder}/cluster.json", "--disable-usage-stats",
-                      "--dashboard-port=8399"], stdout=log, stderr=log, env={**os.environ, **settings})
     os.environ["RAY_ADDRESS"] = address
+    return subprocess.Popen([
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0", "--num-gpus=0",
+        f"--port={address.rpartition(':')[2]}", f"--dashboard-port={free_port()}", "--object-store-memory=200000000",
+        f"--temp-dir={folder}", f"--autoscaling-config={folder}/cluster.json", "--disable-usage-stats"],
+        stdout=log, stderr=log, env={**os.environ, **settings})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def machines() -> Counter[str]:
@@ -91,27 +101,35 @@ def grow(folder: Path) -> dict[str, Any]:
     """What is seen while work waits, is done, and is gone."""
     import ray
 
-    from jobs import annotate, annotate_pool, start_ray
+    from jobs import annotate, annotate_pool
     from pipeline.config import AnnotateConfig, TrackingConfig
+    from pipeline.errors import ConfigError
     from tests.worlds import write_pictures, write_tiny_model
 
-    seen: dict[str, Any] = {"before": machines(), "num_gpus": start_ray.num_gpus(), "num_cpus": start_ray.num_cpus(),
-                            "present_gpus": start_ray.present_gpus()}
-    note("asked", seen)
+    seen: dict[str, Any] = {"before": machines()}
+    pictures, model = write_pictures(folder / "in"), write_tiny_model(folder / "model")
+
+    def run(**settings: Any) -> dict[str, Any]:
+        return annotate.run(AnnotateConfig(
+            input=str(pictures / "images"), model=str(model), boxes="whole-image", output=str(folder / "out"),
+            pictures_per_unit=2, tracking=TrackingConfig(enabled=False), **settings))
+
+    try:
+        run()
+    except ConfigError as error:
+        seen["refused"] = str(error)
+    note("refused", seen)
     units = ray.data.from_items([{"unit": unit} for unit in range(40)], override_num_blocks=40)
-    pool = annotate_pool._through_actors(units, Where, {}, actors=start_ray.num_gpus(), num_cpus=3.6, num_gpus=1)
+    pool = annotate_pool._through_actors(units, Where, {}, actors=2 * MOST, num_cpus=3.6, num_gpus=1)
     began = time.monotonic()
     nodes = Counter(str(row["node"]) for row in pool.iter_rows())
     seen |= {"gpu_seconds": time.monotonic() - began, "nodes_that_worked": len(nodes), "gpu_machines": machines()}
     note("worked", seen)
+    del pool, units  # with them their actors, which would keep their machines
     seen["gone_after_s"] = wait_until_all_are_gone()
     note("gone", seen)
-
-    pictures, model = write_pictures(folder / "in"), write_tiny_model(folder / "model")
     began = time.monotonic()
-    result = annotate.run(AnnotateConfig(
-        input=str(pictures / "images"), model=str(model), boxes="whole-image", output=str(folder / "out"),
-        backend="cpu", pictures_per_unit=2, tracking=TrackingConfig(enabled=False)))
+    result = run(backend="cpu", actors=6, threads=4)
     return seen | {"cpu_seconds": time.monotonic() - began, "cpu_machines": machines(), "ok": result["counts"]["ok"]}
 
 
@@ -130,19 +148,14 @@ def wait_until_all_are_gone() -> float:
 
 def main(folder: Path) -> None:
     """Start, connect, look; the PID namespace takes everything away afterwards."""
-    start_head(folder)
+    head = start_head(folder)
     import ray
 
-    while True:
-        try:
+    while not ray.is_initialized():
+        assert head.poll() is None, (folder / "head.log").read_text()[-3000:]
+        with contextlib.suppress(ConnectionError, RuntimeError):
             ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
-            break
-        except (ConnectionError, RuntimeError):
-            time.sleep(1)
-    from ray._private.state import state
-
-    while state.get_cluster_config() is None:  # the autoscaler tells it when it has begun
-        time.sleep(0.5)
+        time.sleep(1)
     print(json.dumps(grow(folder)), flush=True)
     os._exit(0)
 

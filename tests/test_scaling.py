@@ -34,13 +34,12 @@ def seen() -> Iterator[dict[str, Any]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_cluster_that_has_scaled_to_nothing_is_known_by_what_it_could_be(seen: dict[str, Any]) -> None:
-    assert (seen["before"], seen["present_gpus"]) == ({}, 0)
-    assert seen["num_gpus"] == MOST + MOST  # spot and on demand
-    assert seen["num_cpus"] == MOST * 8 + MOST * 8 + MOST * 16
+def test_where_nothing_is_yet_nothing_is_guessed(seen: dict[str, Any]) -> None:
+    assert seen["before"] == {}
+    assert "--set actors=N" in seen["refused"]
 
 
-def test_a_gpu_pool_of_units_fills_every_machine_that_it_could_have(seen: dict[str, Any]) -> None:
+def test_a_gpu_pool_of_units_fills_every_machine_that_it_asks_for(seen: dict[str, Any]) -> None:
     assert seen["nodes_that_worked"] == MOST + MOST
     assert seen["gpu_machines"] == {"gpu_spot": MOST, "gpu_on_demand": MOST}
 
