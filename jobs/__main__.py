@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from pipeline import config as settings
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, printable
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,20 @@ def _stdout_for_the_result() -> Iterator[TextIO]:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("botocore", "alembic", "mlflow", "ray"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class _Printable(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record))
+
+
 def _failed(code: int, error: Exception) -> int:
-    print(f"{'error' if code == 2 else 'failed'}: {error}", file=sys.stderr)
+    print(printable(f"{'error' if code == 2 else 'failed'}: {error}"), file=sys.stderr)
     return code
 
 

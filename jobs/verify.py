@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from jobs.start_ray import num_cpus, start_ray
 from pipeline.config import VerifyConfig, locations
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, printable
 from pipeline.verification.chain import open_chain
 from pipeline.verification.finding import Finding
 from pipeline.verification.keypoint_output import is_keypoint_dataset, open_output
@@ -83,7 +83,7 @@ def _refuse(findings: Sequence[Finding], where: str, reports: Sequence[PartRepor
             unfinished: str = "") -> int:
     """Print what is wrong, and end with a DataError then; otherwise the number of rows that were read."""
     for finding in sorted(findings, key=lambda finding: (finding.object, finding.kind, finding.expected)):
-        print(finding, file=sys.stderr)
+        print(printable(str(finding)), file=sys.stderr)
     rows = sum(report.rows or 0 for report in reports)
     problems = [unfinished] if unfinished else []
     if findings:

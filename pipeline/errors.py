@@ -5,6 +5,16 @@ its three kinds are about one *object*, and become that picture's row.
 """
 
 
+def printable(text: str) -> str:
+    """The text for a terminal or a log, whatever names of pictures are in it.
+
+    What doesn't print is escaped: control characters speak to the terminal, and those that turn the direction of
+    writing show another name. Later lines are indented, so that none passes for a line of its own.
+    """
+    lines = ("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in text.split("\n"))
+    return "\n    ".join(lines)
+
+
 class ConfigError(ValueError):
     """The command or its configuration is wrong; nothing was started (exit code 2)."""
 

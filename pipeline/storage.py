@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABOUT_THE_OBJECT", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing", "StorageError",
-    "StoredObject", "arrow_filesystem", "describe_object", "exists", "is_remote", "join", "list_objects", "normalise",
-    "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap",
+    "StoredObject", "arrow_filesystem", "describe_object", "exists", "is_remote", "join", "list_objects", "member",
+    "normalise", "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap",
     "remove_empty_folder", "remove_own", "stored_sha256",
 ]
 
@@ -98,6 +98,18 @@ def normalise(uri: str | os.PathLike[str]) -> str:
 def join(uri: str, *names: str) -> str:
     """The URI of an object below `uri`; the names are taken as they are."""
     return "/".join([uri.rstrip("/"), *names])
+
+
+def member(prefix_uri: str, key: str) -> str:
+    """The URI of the object `key` under a prefix.
+
+    In a folder a key such as `../x`, `a//x` or `/x` would be another file than one that is listed there: it is an
+    ObjectMissing. A bucket takes any key as it is.
+    """
+    uri = join(prefix_uri, key)
+    if not is_remote(uri) and normalise(uri) != join(normalise(prefix_uri), key):
+        raise ObjectMissing(f"{prefix_uri}: no file below this folder can have the name {key!r}.")
+    return uri
 
 
 def is_remote(uri: str) -> bool:

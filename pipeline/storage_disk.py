@@ -22,7 +22,7 @@ SHA256_ATTRIBUTE = "user.sha256"
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -68,6 +68,8 @@ def describe(uri: str) -> StoredObject | None:
         if error.errno in _MISSING:
             return None
         raise StorageError(f"{uri}: nothing can be known of the file: {error.strerror}.") from error
+    except ValueError:  # a NUL, which a name in a bucket may have
+        return None
     return _described(os.path.basename(uri), uri, status) if stat.S_ISREG(status.st_mode) else None
 
 
@@ -160,6 +162,8 @@ def _etag(status: os.stat_result) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str, etag: str | None) -> Iterator[BufferedReader]:
+    if "\0" in path:  # a name in a bucket may have it
+        raise ObjectMissing(f"{path!r}: no file can have this name.")
     try:
         with open(path, "rb") as file:
             if etag is not None and _etag(os.fstat(file.fileno())) != etag:

@@ -1,5 +1,6 @@
 """How a file that is exported names the pictures: as addresses, and as paths inside an archive."""
 
+import re
 from urllib.parse import quote
 
 from pipeline.errors import DataError
@@ -20,10 +21,11 @@ def picture_address(prefix: str | None, key: str) -> str:
 def relative_path(key: str) -> str:
     """The path below a folder that stands for a key: a URI without `s3://`, an absolute path without its slash.
 
-    A key with a step `..` would leave the folder and is a DataError.
+    A key with a step `..` would leave the folder (on Windows a backslash parts steps too), and one with NUL would be
+    cut there: both are a DataError.
     """
     path = key.split("://", 1)[-1].lstrip("/")
-    if ".." in path.split("/"):
-        raise DataError(f"The key {key!r} has a step `..`, which would leave the folder when the archive is unpacked. "
-                        "Give the picture another name, or export to a format of one file.")
+    if ".." in re.split(r"[/\\]", path) or "\0" in path:
+        raise DataError(f"The key {key!r} has a step `..`, which would leave the folder when the archive is unpacked, "
+                        "or a NUL. Give the picture another name, or export to a format of one file.")
     return path

@@ -64,10 +64,11 @@ def _files(rows: pa.Table, skeleton: Skeleton, options: ExportOptions) -> Iterat
     for batch in picture_batches(rows):
         for key, lines in zip(batch.keys, _labels(batch, skeleton, options).to_pylist(), strict=True):
             path = label_path(key)
-            if path in keys_of:
-                raise DataError(f"The pictures {keys_of[path]!r} and {key!r} would both have the labels {path}, since "
+            file = posixpath.normpath(path)  # where it lies once it is unpacked
+            if file in keys_of:
+                raise DataError(f"The pictures {keys_of[file]!r} and {key!r} would both have the labels {file}, since "
                                 "YOLO leaves the ending out. Rename one, or export to another format.")
-            keys_of[path] = key
+            keys_of[file] = key
             yield path, [lines]
 
 

@@ -49,7 +49,7 @@ def _picture_reader(source: Mapping[str, Any], keys: Collection[str]) -> Picture
     if source["kind"] == LIST:
         return storage.read_object  # a list's keys are whole URIs
     if source["kind"] != SHARDS:
-        return lambda key: storage.read_object(storage.join(source["uri"], key))
+        return lambda key: storage.read_object(storage.member(source["uri"], key))
     dataset = shards.open_shards(source["uri"], source.get("version"))
     found = {key: data for key, data in _sharded_pictures(dataset, keys) if data is not None}
     refused = [key for key in keys if key not in found]
