@@ -20,7 +20,8 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
 
 
-JOB_COMMANDS = [words[words.index("jobs") + 1:] for words in commands() if "python -m jobs" in " ".join(words)]
+JOB_COMMANDS = [words[words.index("jobs") + 1:] for words in commands()
+                if "python -m jobs" in " ".join(words)]
 
 
 def test_the_page_has_the_whole_line() -> None:
