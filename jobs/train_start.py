@@ -13,7 +13,7 @@ from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
 from pipeline.averaging import WeightAverage
 from pipeline.config import InferenceConfig, TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.decode import Decoding
 from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, load_model
@@ -25,6 +25,7 @@ from pipeline.model_reference import download_model
 from pipeline.pose.skeleton import Skeleton
 
 logger = logging.getLogger("jobs.train")
+GIVE_RESNET = "Give a ResNet-50's state dict with torchvision's names."
 
 
 def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
@@ -94,9 +95,22 @@ def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
     network = MSPN(asked)
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
-        weights = torch.load(io.BytesIO(storage.read_object(config.trunk)), map_location="cpu", weights_only=True)
-        load_trunk(network, weights, colour=config.inference.colour)
+        load_trunk(network, _trunk_weights(config.trunk), colour=config.inference.colour)
     return network, spec_of(config, asked, skeleton)
+
+
+def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
+    try:
+        weights = torch.load(io.BytesIO(storage.read_object(uri)), map_location="cpu", weights_only=True)
+    except storage.StorageError:
+        raise
+    except Exception as error:  # on bytes that aren't weights, unpickling raises whatever it likes
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"trunk {uri} holds something else than weights, and nothing of it was run: {first_line} "
+                        f"{GIVE_RESNET}") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise DataError(f"trunk {uri} is no state dict. {GIVE_RESNET}")
+    return weights
 
 
 def spec_of(config: TrainConfig, network: MSPNConfig, skeleton: Skeleton) -> ModelSpec:

@@ -28,7 +28,8 @@ class TrackingConfig(Settings):
     """Where MLflow is. Without `uri`: MLFLOW_TRACKING_URI, or an SQLite file in the working directory."""
 
     enabled: bool = True
-    uri: str | None = None
+    # may hold a password, and whoever is given these settings may print them: Ray Train shows them on its dashboard
+    uri: str | None = Field(None, repr=False)
     experiment: str = "pose"
 
 

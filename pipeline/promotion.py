@@ -173,6 +173,7 @@ def predict_in_fresh_process(reference: str, tracking_uri: str, picture: TrialPi
         asked.write_text(json.dumps(request))  # a file, since the address may hold a password, and arguments are seen
         command = [sys.executable, "-E", "-P", "-B", str(SCRIPT), str(asked), str(answered), str(downloads)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"  # ours has none: one that has is another's
         try:
             ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True,
                                    timeout=FRESH_TIMEOUT_S)
