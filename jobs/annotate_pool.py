@@ -14,8 +14,8 @@ from pipeline.unit_detector import DetectedUnit, UnitDetector
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
-# More than a spot machine is taken away in a weekend; a unit is tried twice whatever this is. Bounded, so that what ends
-# an actor at its start doesn't do so for ever
+# More than a spot machine is taken away in a weekend; a unit is tried twice whatever this is. Bounded, so that what
+# ends an actor at its start doesn't do so for ever
 ACTOR_RESTARTS = 50
 DECODER = "pipeline.images"
 
