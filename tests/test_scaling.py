@@ -14,7 +14,7 @@ import pytest
 
 from tests.growing_cluster import MOST, ROOT, TOKEN
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.endurance, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
