@@ -18,6 +18,10 @@ NODE_TIMEOUT_S = 60
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
+    if arguments[:1] == ["hosts"]:  # its own options, and a command's after them
+        from cluster import hosts
+
+        return hosts.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.command == "spot-watch":
         from cluster import spot_watch
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="a cluster beyond loopback without tokens is a warning, not a failure")
     one.add_argument("--timeout", type=float, default=NODE_TIMEOUT_S, metavar="SECONDS",
                      help="for the connection, and for all nodes together (default %(default)s)")
+    commands.add_parser("hosts", help="a cluster of several hosts on this machine, to try things on", add_help=False)
     commands.add_parser("spot-watch", help="on a spot machine of AWS: tell Ray before AWS takes the machine away")
     return parser
 

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
             return _failed(1, error)
         except OSError as error:  # the store, the network, the disk: the message names the object
             return _failed(1, error)
-        _report(result, stdout, options.result)
+        _report({"job": options.job} | result, stdout, options.result)
         return 0
 
 

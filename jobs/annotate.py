@@ -18,7 +18,15 @@ import pyarrow as pa
 from jobs.annotate_pool import UnitTask, annotate_units, pool_sizes
 from jobs.progress import Progress, RejectionBudget
 from jobs.record import record_run
-from jobs.start_ray import actor_threads, native_precision, num_gpus, refuse_unshared, start_ray
+from jobs.start_ray import (
+    actor_threads,
+    native_precision,
+    num_cpus,
+    num_gpus,
+    refuse_unshared,
+    start_ray,
+    warn_of_cpus,
+)
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
@@ -108,10 +116,9 @@ def freeze(config: AnnotateConfig, model: FoundModel,
 def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict[str, Any]) -> dict[str, Any]:
     """All that can change a row, with `auto` resolved: by the frozen run, else by the cluster at hand."""
     from pipeline.model.directory import model_digest
-    from pipeline.model.inference import cpu_backend
 
     given = ("batch_size", "flip", "deterministic", "limit", "pictures_per_unit", "max_pixels")
-    backend = config.backend if config.backend != "auto" else "cuda" if num_gpus() else cpu_backend()
+    backend = config.backend if config.backend != "auto" else frozen.get("backend") or _backend_at_hand()
     resolved = {
         "backend": backend,
         "precision": config.precision if config.precision != "auto" else frozen.get("precision") or native_precision(
@@ -125,6 +132,16 @@ def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict
              if (value := getattr(config, name)) is not None and value is not False}
     return {name: getattr(config, name) for name in given} | added | resolved | {
         "boxes": choice.intent(), "model": model_digest(model), "row_version": ROW_VERSION}
+
+
+def _backend_at_hand() -> str:
+    from pipeline.model.inference import cpu_backend
+
+    if num_gpus():
+        return "cuda"
+    if num_cpus():
+        warn_of_cpus("--set backend=cuda --set actors=N")
+    return cpu_backend()
 
 
 def _refuse_compiling(config: AnnotateConfig, backend: str) -> None:

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.start_ray import node_cpus, num_gpus
+from jobs.start_ray import NO_CORES, node_cpus, num_gpus
 from pipeline.boxes import DETECT
+from pipeline.errors import ConfigError
 from pipeline.unit_annotator import Receipt, UnitAnnotator
 from pipeline.unit_detector import DetectedUnit, UnitDetector
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
-ACTOR_RESTARTS = 4
+# More than a spot machine is taken away in a weekend; a unit is tried twice whatever this is. Bounded, so that what
+# ends an actor at its start doesn't do so for ever
+ACTOR_RESTARTS = 50
 DECODER = "pipeline.images"
 
 
@@ -68,21 +71,23 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
 def pool_sizes(job: FrozenJob, *, actors: int | None, detectors: int | None) -> PoolSizes:
     """How many actors there are; `actors`, `detectors`: as the user says, otherwise as many as there are cores for."""
     threads, detecting = job.intent["threads"], job.intent["boxes"]["kind"] == DETECT
-    slots = sum(cpus // threads for cpus in node_cpus())
-    if not slots:
+    nodes = node_cpus()
+    slots = sum(cpus // threads for cpus in nodes)
+    if actors is None and not sum(nodes):
+        raise ConfigError(NO_CORES)
+    if sum(nodes) and not slots:
         logger.warning("each actor takes %d threads, and no node of the cluster has so many cores: this waits for one "
                        "that has. Otherwise set threads to fewer, in a new --output.", threads)
-        slots = 1
     if job.intent["backend"] == "cuda":
         annotators = actors or max(1, num_gpus())
         found = detectors or max(1, slots - annotators)
     else:
         # a small detector takes 20 ms of a core for a picture, a pose network on a CPU 100 ms and more for a person
-        annotators = actors or (max(1, slots - slots // 4) if detecting else slots)
+        annotators = actors or max(1, slots - slots // 4 if detecting else slots)
         found = detectors or max(1, slots // 4)
     found = found if detecting else 0
     # less than a whole CPU for each thread: actors that take every CPU leave none to Ray Data, which then waits
-    cpus = 0.9 * threads * min(1.0, slots / (annotators + found)) if detecting else 0.9 * threads
+    cpus = 0.9 * threads * min(1.0, slots / (annotators + found)) if detecting and slots else 0.9 * threads
     return PoolSizes(annotators, found, cpus, 1 if job.intent["backend"] == "cuda" else 0)
 
 

@@ -83,7 +83,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         stack.enter_context(start_ray())
         refuse_unshared(inputs=[config.input], outputs=[scratch])
         stack.callback(_remove, scratch)
-        sampling = Sampling(config.sample)
+        sampling = Sampling(config.sample, actors=config.actors)
         shared = {name: getattr(config, name) for name in AnnotationConfig.model_fields}
         job = freeze(AnnotateConfig(output=scratch, **shared), model, sampling.choose)
         pool = pool_sizes(job, actors=config.actors, detectors=config.detectors)
@@ -112,9 +112,9 @@ class Sampling:
     (`num_single`) tell what a unit costs beside its pictures.
     """
 
-    def __init__(self, pictures: int | None) -> None:
+    def __init__(self, pictures: int | None, *, actors: int | None = None) -> None:
         self.whole = Whole(0, 0, 0.0)
-        self._actors = num_gpus() or num_cpus()
+        self._actors = actors or num_gpus() or num_cpus()
         self.num_first = self.num_single = self._actors
         self._pictures = pictures or PICTURES_FOR_AN_ACTOR * self._actors
 

@@ -14,6 +14,10 @@ from pipeline.errors import ConfigError
 
 logger = logging.getLogger("jobs.ray")
 PROBED_OBJECTS = 5
+# A cluster that has scaled to nothing doesn't say what it can grow to: Ray has no public way to ask
+NO_CORES = ("the Ray cluster has no core for tasks now, so that how much is done at once can't follow from it. If it "
+            "grows, say how much is wanted: annotate, plan: --set backend=cuda --set actors=N --set threads=4; train: "
+            "--workers N --set device=cuda; shard, verify: --set ray.tasks=N.")
 # How PyTorch's threads wait for each other. Those that spin for long starve each other where processes share cores, and
 # those that sleep at once are woken up too late between the small steps of a small network. A small MSPN on two cores,
 # samples/s: asleep at once 47, after 2,000 looks 72, after OpenMP's own 300,000 looks 80; two such processes on the
@@ -122,27 +126,36 @@ def num_nodes() -> int:
 
 
 def num_gpus() -> int:
-    """GPUs in the connected cluster."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
+    """GPUs of the connected cluster that are there now."""
+    return sum(int(node.get("GPU", 0)) for node in _nodes())
 
 
 def num_cpus() -> int:
-    """Cores of the connected cluster; of this machine where Ray is local, whose logical CPUs may be more."""
-    import ray
-
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    return cpus if os.environ.get("RAY_ADDRESS") else min(cpus, os.cpu_count() or 1)
+    """Cores of the connected cluster that are there now. Refuses (ConfigError) to say none: they may be yet to come."""
+    cpus = sum(node_cpus())
+    if not cpus:
+        raise ConfigError(NO_CORES)
+    return cpus
 
 
 def node_cpus() -> list[int]:
-    """The same for each node that is alive."""
+    """Cores of each node; of this machine where Ray is local, whose logical CPUs may be more."""
+    cpus = [int(node.get("CPU", 0)) for node in _nodes()]
+    return cpus if os.environ.get("RAY_ADDRESS") else [min(sum(cpus), os.cpu_count() or 1)]
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive."""
     import ray
 
-    if not os.environ.get("RAY_ADDRESS"):
-        return [num_cpus()]
-    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def warn_of_cpus(remedy: str) -> None:
+    """On a cluster whose GPUs may be yet to come: say that CPUs will do the work, and how to have it otherwise."""
+    if os.environ.get("RAY_ADDRESS"):
+        logger.warning("the cluster has no GPU now, so this is done on CPUs, to its end. If it starts machines that "
+                       "have one, give %s.", remedy)
 
 
 def actor_threads() -> int:
@@ -158,6 +171,8 @@ def native_precision(*, gpu: bool) -> str:
     """bfloat16 where a node that would do the work computes it natively, else float32; a task there looks."""
     import ray
 
+    if gpu and not num_gpus():
+        logger.info("no GPU is there yet: waiting for the cluster to start a machine that has one")
     look = ray.remote(num_cpus=0, num_gpus=1 if gpu else 0)(_native_precision)
     found: str = ray.get(look.remote(gpu))
     return found

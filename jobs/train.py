@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.promote import open_frozen_set, promote, refuse_unpromotable
-from jobs.start_ray import THREAD_WAITS, num_gpus, refuse_unshared, start_ray
+from jobs.start_ray import THREAD_WAITS, refuse_unshared, start_ray, warn_of_cpus
 from jobs.train_intent import (
     described_inputs,
     one_or_all,
@@ -25,6 +25,7 @@ from jobs.train_intent import (
     refuse_other_model,
     refuse_other_run,
     resolved_intent,
+    trains_on_gpus,
 )
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
@@ -194,8 +195,10 @@ def _trainer(task: TrainTask) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     least, most = _num_workers(task.intent["workers"])
-    use_gpu = num_gpus() > 0
+    use_gpu = trains_on_gpus(task.config)
     cpus = int(ray.cluster_resources().get("CPU", 0))
+    if task.config.device == "auto" and not use_gpu:
+        warn_of_cpus("--set device=cuda")
     if not use_gpu and cpus < least:
         logger.warning("%d workers need as many CPUs, but Ray has %d: training waits until there are more", least, cpus)
     filesystem, path = storage.arrow_filesystem(task.config.output)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.start_ray import num_gpus
+from jobs.start_ray import num_cpus, num_gpus
 from pipeline import samples, storage
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError
@@ -98,12 +98,27 @@ def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[T
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
         "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
     if config.workers == "auto":
-        intent["workers"] = frozen.get("workers") or str(max(num_gpus(), 1))
+        intent["workers"] = frozen.get("workers") or _workers_at_hand(config)
     if config.precision == "auto":
-        intent["precision"] = frozen.get("precision") or ("bfloat16" if num_gpus() else "float32")
+        intent["precision"] = frozen.get("precision") or ("bfloat16" if trains_on_gpus(config) else "float32")
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
     if any(one != DataConfig(uri=one.uri) for one in config.data):
         intent["sets"] = [one.model_dump(mode="json", exclude={"uri"}) for one in config.data]
     skeleton = sets[0].dataset.skeleton
     return intent | {"joints": list(skeleton.joints) if skeleton else []}
+
+
+def trains_on_gpus(config: TrainConfig) -> bool:
+    """What `device` means on the cluster at hand. Refuses (ConfigError) to guess where there is neither CPU nor GPU."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    return num_gpus() > 0 or not num_cpus()
+
+
+def _workers_at_hand(config: TrainConfig) -> str:
+    """One for each GPU that is there, or one on CPUs. Refuses (ConfigError) to guess how many GPUs are yet to come."""
+    if trains_on_gpus(config) and not num_gpus():
+        raise ConfigError("workers=auto is one for each GPU that the cluster has, and it has none yet. Give --workers; "
+                          "the learning rate follows their number.")
+    return str(max(num_gpus(), 1) if trains_on_gpus(config) else 1)

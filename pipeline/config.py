@@ -193,6 +193,7 @@ class TrainConfig(Settings):
     output: str
     val: str | None = None
     workers: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of workers; auto: cuda where Ray has GPUs now")
     register_as: str | None = Field(None, alias="register")
     alias: str = "candidate"
     promote: str | None = Field(None, description="alias that moves to the registered model if it deserves it")

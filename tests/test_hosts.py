@@ -20,7 +20,7 @@ from pipeline import checkpoints, storage
 from tests.hosts_world import Job, hosts_at_work, parts, restart_s3, s3_of, start_job, submit_job
 from tests.worlds import rows, write_pictures, write_tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.endurance, pytest.mark.timeout(900)]
 BUCKET = "s3://pose"
 PICTURES, COPIES = 24, 12  # each picture lies there under 12 more names, so that a run takes its time
 UNITS = PICTURES * COPIES

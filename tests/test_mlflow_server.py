@@ -162,6 +162,7 @@ def test_with_postgresql_runs_and_models_outlive_the_server(
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(900)
 def test_a_model_that_train_registers_is_the_one_that_annotate_takes_by_its_alias(
         s3: S3Server, bucket: str, tmp_path: Path, no_s3: None) -> None:

@@ -75,6 +75,7 @@ def test_what_is_uploaded_is_the_code_and_the_small_model(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(900)
 def test_the_whole_line_is_submitted_job_by_job(submitter: Submitter, s3: S3Server, bucket: str,
                                                 tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_stopped_job_goes_on_by_the_same_command(submitter: Submitter, s3: S3S
         assert "FAILED" not in submitter.status(submission)
         time.sleep(0.5)
     submitter.stop(submission)
-    assert "STOPPED" in submitter.status(submission)
+    assert "was stopped" in submitter.status(submission)
     assert not storage.exists(f"{bucket}/out/_SUCCESS")
     assert not storage.exists(f"{bucket}/result.json")
 

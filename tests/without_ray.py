@@ -56,7 +56,7 @@ def validate_inline(models: Sequence[Path], data: ShardDataset,
 WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, name, instead) for module in (annotate, plan, shard) for name, instead in (
         ("start_ray", contextlib.nullcontext), ("refuse_unshared", lambda **_: None))),
-    *((module, "num_cpus", lambda: 1) for module in (plan, shard)),
+    *((module, "num_cpus", lambda: 1) for module in (annotate, plan, shard)),
     (annotate, "actor_threads", lambda: 1),
     (shard, "ShardWriter", InlineWriter),
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
