@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import annotate, export, preview, shard, verify
@@ -137,6 +138,23 @@ def test_pictures_are_annotated_from_where_they_are_too(line: Line) -> None:
     table, _ = read_keypoints(str(line.out / "direct"))
     assert (done["counts"]["rejected"], sorted(table["key"].to_pylist())) == (0, sorted(line.names))
     assert tree(line.around) == before
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_list_may_name_what_no_file_can_be_called(tmp_path: Path) -> None:
+    storage.put_if_absent(f"{tmp_path}/a.png", picture(7))
+    impossible = [f"{tmp_path}/nu\0l.png", f"{tmp_path}/{'l' * 1020}.png", f"{tmp_path}/a.png/b.png", f"{tmp_path}/\n"]
+    uris = [f"{tmp_path}/a.png", *impossible]
+    pq.write_table(pa.table({"uri": uris}), tmp_path / "list.parquet")
+    shard.run(ShardConfig(images=f"{tmp_path}/list.parquet", output=f"{tmp_path}/shards", tracking=NO_TRACKING))
+    model = write_tiny_model(tmp_path / "model")
+    done = annotate.run(AnnotateConfig(input=f"{tmp_path}/list.parquet", model=str(model), boxes="whole-image",
+                                       output=f"{tmp_path}/out", actors=1, max_rejected_share=1, tracking=NO_TRACKING))
+    assert done["counts"]["reasons"] == {"missing": 4}
+    sharded = shards.open_shards(f"{tmp_path}/shards")
+    stored = [row for part in sharded.parts for row in shards.read_part_columns(sharded, part, [
+        "key", "reason"]).to_pylist()]
+    assert {row["key"]: row["reason"] for row in stored} == {uris[0]: None, **dict.fromkeys(impossible, "missing")}
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

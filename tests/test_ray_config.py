@@ -77,6 +77,12 @@ def test_every_node_asks_for_the_token_which_is_in_no_command(config: Config) ->
     assert "RAY_AUTH_TOKEN=" not in (ROOT / "ray_config.yaml").read_text()
 
 
+def test_the_containers_have_no_more_rights_than_a_user(config: Config) -> None:
+    options = config["docker"]["run_options"]
+    assert {"--security-opt no-new-privileges", "--cap-drop ALL"} <= set(options)
+    assert not [option for option in options if "privileged" in option or "docker.sock" in option]
+
+
 def test_the_dashboard_listens_on_the_head_alone_and_no_machine_has_a_public_address(config: Config) -> None:
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
     assert config["provider"]["use_internal_ips"] is True

@@ -62,7 +62,7 @@ def test_what_ray_train_shows_of_a_training_has_no_secret(
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4})
     tracked = TrackingConfig(uri=f"http://ann:{CANARY}@mlflow:5000").model_dump()
-    given = task(small([], output=str(tmp_path), tracking=tracked), data)
+    given = task(small([], output=str(tmp_path), device="cpu", tracking=tracked), data)
     given.intent["workers"] = "2"
     trainer = train._trainer(given)
 

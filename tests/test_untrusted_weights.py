@@ -16,12 +16,14 @@ import torch
 from jobs import annotate
 from jobs.train_start import new_network
 from jobs.train_task import INIT_FOLDER
+from pipeline import checkpoints
 from pipeline.config import AnnotateConfig, TrackingConfig
 from pipeline.errors import DataError
 from pipeline.model.directory import load_model
 from pipeline.model_reference import find_model
 from pipeline.promotion import PromotionRefused, TrialPicture, predict_in_fresh_process
 from pipeline.shards import ShardDataset
+from tests.test_checkpoints import restored
 from tests.test_recipes import data, small, task  # noqa: F401 - data is a fixture: a shard dataset
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
@@ -98,6 +100,14 @@ def test_a_model_to_begin_from_is_safetensors(evil: bytes, data: ShardDataset, t
     model_with(evil, tmp_path / "out" / INIT_FOLDER)
     with pytest.raises(DataError, match="can't be read as safetensors"):
         new_network(task(small([], init="models:/pose/1", output=str(tmp_path / "out")), data))
+
+
+def test_a_training_goes_on_from_no_pickle(evil: bytes, tmp_path: Path) -> None:
+    for number, content in enumerate((evil, torch_file(evil, tmp_path))):
+        output = f"{tmp_path}/out-{number}"
+        checkpoints.keep_checkpoint(output, 100, {"state.pt": content, "model.json": b"{}"}, keep_newest=3)
+        with pytest.raises(DataError, match="None of the checkpoints"):
+            restored(output)
 
 
 def test_a_registered_pickle_is_downloaded_and_never_loaded(evil: bytes, tmp_path: Path) -> None:
