@@ -5,7 +5,7 @@ BIN := .venv/bin
 OUTPUT ?= demo
 DATA ?=
 
-.PHONY: demo test test-all setup lint lock clean
+.PHONY: demo test test-all setup lint lock hashes audit clean
 
 demo: setup
 	$(BIN)/python -m jobs demo --output $(OUTPUT) $(if $(DATA),--data $(DATA))
@@ -33,6 +33,15 @@ setup: .venv/ready
 # the versions of everything installed, for a set that is known to work together
 lock:
 	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//; s/\+cu[0-9]+$$//' | grep -E '^[A-Za-z0-9_.-]+==' > constraints.txt
+
+# the same with the SHA-256 of each file, for the image; needs uv
+hashes:
+	uv pip compile pyproject.toml --extra detect --extra openvino --constraint constraints.txt --generate-hashes --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --no-annotate --output-file cluster/requirements.txt
+
+# known weaknesses of the image's packages; needs pip-audit, and its data from the network. Never without --strict: it says
+# "none found" of what it can't look up
+audit:
+	pip-audit --strict --no-deps --disable-pip --requirement cluster/requirements.txt
 
 clean:
 	rm -rf .venv build *.egg-info
