@@ -1,14 +1,18 @@
 """A spot machine's notice is read as AWS gives it, and told to Ray as Ray takes it."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from cluster import spot_watch
+from cluster.hosts import Hosts
+from cluster.namespaces import why_not
 from cluster.spot_watch import Notice
 
 
@@ -90,3 +94,39 @@ def test_rays_command_takes_what_it_is_told() -> None:
     assert context.params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
     assert context.params["deadline_remaining_seconds"] == 90
     assert context.params["node_id"] is None
+
+
+# On a worker's host: a metadata service that says what AWS would, and the command as ray_config.yaml starts it.
+NOTICED = """
+import os, sys, threading
+from http.server import ThreadingHTTPServer
+from tests.test_spot_watch import Metadata, in_two_minutes
+from cluster.__main__ import main
+Metadata.notices = [in_two_minutes()]
+server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = f"http://127.0.0.1:{server.server_address[1]}"
+sys.exit(main(["spot-watch"]))
+"""
+GOING = """
+import ray
+from ray._private.state import state
+ray.init(log_to_driver=False)
+draining = state.get_draining_nodes()  # a node without work goes at once
+print(*(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in draining or not node["Alive"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_node_that_has_a_notice_is_drained_and_no_other(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(tmp_path) as hosts:
+        hosts.start_head()
+        hosts.start_workers(["worker-1", "worker-2"])
+        told = hosts.run("worker-2", [sys.executable, "-c", NOTICED], timeout=60)
+        assert told.returncode == 0, told.stdout
+        assert "AWS will terminate this machine" in told.stdout
+        going = hosts.run("head", [sys.executable, "-c", GOING], timeout=60)
+        assert going.stdout.splitlines()[-1] == hosts.host("worker-2").ip, going.stdout
