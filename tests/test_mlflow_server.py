@@ -133,6 +133,7 @@ def answer(uri: str, **headers: str) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_jobs_keep_runs_and_models_on_the_server_without_any_right_on_s3(
         s3: S3Server, bucket: str, model_directory: Path, tmp_path: Path, no_s3: None) -> None:
     with mlflow_server(tmp_path, artifacts=f"{bucket}/mlflow", store=f"sqlite:///{tmp_path}/mlflow.db",

@@ -42,6 +42,7 @@ def test_a_job_brings_ray_no_environment(monkeypatch: pytest.MonkeyPatch, addres
     given: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "init", lambda **settings: given.append(settings))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # other tests have one running
     monkeypatch.setattr(start_ray, "_resources", lambda: "")
     if address is None:
         monkeypatch.delenv("RAY_ADDRESS", raising=False)

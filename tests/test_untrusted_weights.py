@@ -110,6 +110,7 @@ def test_a_training_goes_on_from_no_pickle(evil: bytes, tmp_path: Path) -> None:
             restored(output)
 
 
+@pytest.mark.slow
 def test_a_registered_pickle_is_downloaded_and_never_loaded(evil: bytes, tmp_path: Path) -> None:
     """Somebody who may write to MLflow registers a model whose Python and whose weights are a pickle."""
     import mlflow
