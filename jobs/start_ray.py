@@ -154,8 +154,8 @@ def _nodes() -> list[dict[str, float]]:
 def warn_of_cpus(remedy: str) -> None:
     """On a cluster whose GPUs may be yet to come: say that CPUs will do the work, and how to have it otherwise."""
     if os.environ.get("RAY_ADDRESS"):
-        logger.warning("the cluster has no GPU now, so this is done on CPUs, to its end. If it starts machines that "
-                       "have one, give %s.", remedy)
+        logger.warning("the cluster has no GPU now, so this is done on CPUs. If it starts machines that have one, give "
+                       "%s.", remedy)
 
 
 def actor_threads() -> int:

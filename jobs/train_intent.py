@@ -113,7 +113,10 @@ def trains_on_gpus(config: TrainConfig) -> bool:
     """What `device` means on the cluster at hand. Refuses (ConfigError) to guess where there is neither CPU nor GPU."""
     if config.device != "auto":
         return config.device == "cuda"
-    return num_gpus() > 0 or not num_cpus()
+    if num_gpus():
+        return True
+    num_cpus()  # refuses where there is neither
+    return False
 
 
 def _workers_at_hand(config: TrainConfig) -> str:
