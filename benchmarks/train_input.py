@@ -245,7 +245,6 @@ def step_speed(task: TrainTask, seconds: float) -> float:
     def steps() -> Iterator[int]:
         for iteration in itertools.count(1):
             training.train_step(network, optimiser, batch, iteration=iteration, rate=1e-4, spec=spec,
-                                ohkm_joints=task.config.loss.ohkm_joints, occluded=task.config.loss.occluded,
                                 bfloat16=task.config.precision == "bfloat16")
             yield len(batch.crops)
 

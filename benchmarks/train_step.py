@@ -209,8 +209,8 @@ def open_step(way: Way, size: Size, device: torch.device) -> Callable[[], object
     batch = random_batch(size, device)
 
     def step() -> None:
-        training.train_step(wrapped, optimiser, batch, iteration=1, rate=1e-5, spec=spec, ohkm_joints=8,
-                            occluded="suppress", bfloat16=way.bfloat16, channels_last=way.channels_last,
+        training.train_step(wrapped, optimiser, batch, iteration=1, rate=1e-5, spec=spec,
+                            bfloat16=way.bfloat16, channels_last=way.channels_last,
                             accumulate=way.accumulate, clip_norm=way.clip_norm)
         if average is not None:
             average.update(network)

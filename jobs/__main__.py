@@ -140,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
 def _defaults(kind: type[settings.Settings], prefix: str = "") -> str:
     lines = []
     for name, about in kind.model_fields.items():
-        if isinstance(about.annotation, type) and issubclass(about.annotation, settings.Settings):
-            lines.append(_defaults(about.annotation, f"{prefix}{name}."))
+        if groups := settings.groups_of(about.annotation):
+            lines += [_defaults(group, f"{prefix}{name}.") for group in groups]
         else:
             default = "(needed)" if about.is_required() else f"= {json.dumps(about.default)}"
             text = f"  {prefix}{about.alias or name} {default}"

@@ -48,11 +48,12 @@ def run(config: ImportModelConfig, *, public_folder: str = PUBLIC_FOLDER) -> dic
         save_model(model, network, spec)
         written = put_model(model, config.output)
         digest = model_digest(model)
-        logger.info("%s: %d stages, %d joints, digest %s%s", config.output, spec.network.num_stages,
+        logger.info("%s: %s, %d stages, %d joints, digest %s%s", config.output, spec.architecture, len(network.heads),
                     spec.network.num_joints, digest[:12], "" if written else "; it was there already")
         registered = _register(model, config.register_as, config) if config.register_as else None
     return {"output": config.output, "model_digest": digest, "written": written, "registered": registered,
-            "num_stages": spec.network.num_stages, "skeleton": spec.skeleton["name"], "source": spec.source}
+            "architecture": spec.architecture, "num_stages": len(network.heads),
+            "skeleton": spec.skeleton["name"], "source": spec.source}
 
 
 def fetch_checkpoint(checkpoint: str, into: Path, *, public_folder: str = PUBLIC_FOLDER,

@@ -13,13 +13,13 @@ from pipeline import checkpoints, storage, training
 from pipeline.averaging import WeightAverage
 from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.errors import DataError
-from pipeline.model.mspn import MSPN
+from pipeline.model.network import PoseNetwork
 
 logger = logging.getLogger("jobs.train")
 MAX_LOST = 3  # checkpoints in a row that couldn't be put: hours of work that a killed machine would take along
 
 
-def restore(task: TrainTask, network: MSPN, optimiser: torch.optim.Optimizer, average: WeightAverage | None, *,
+def restore(task: TrainTask, network: PoseNetwork, optimiser: torch.optim.Optimizer, average: WeightAverage | None, *,
             rank: int, world: int) -> training.TrainingState | None:
     """Put network, optimiser and average back to the last checkpoint, the same on every rank; None if there is none.
 

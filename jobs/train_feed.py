@@ -101,4 +101,5 @@ def _free_cpus(worker: Worker) -> float:
 def recipe_of(task: TrainTask, spec: ModelSpec) -> samples.SampleRecipe:
     """How the settings want a person to become a sample of this model."""
     return samples.SampleRecipe(task.skeleton, spec.input_size_wh, spec.box_padding_wh,
-                                augmentation_of(task.config, task.skeleton), task.config.seed)
+                                augmentation_of(task.config, task.skeleton), task.config.seed,
+                                margin_px=spec.loss.margin_px)

@@ -11,7 +11,7 @@ import torch
 from jobs.train_task import Worker, gather, schedule_of
 from pipeline import tracking, training
 from pipeline.evaluation import evaluation_metrics, joint_metrics
-from pipeline.model.mspn import MSPN
+from pipeline.model.network import PoseNetwork
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.samples import Arrays
@@ -121,7 +121,7 @@ def validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
     return evaluation_metrics(evaluation)
 
 
-def _network_of_rank0(worker: Worker) -> MSPN:
+def _network_of_rank0(worker: Worker) -> PoseNetwork:
     """A copy of what becomes the model, with rank 0's batch norm statistics, which are those that are saved."""
     network = copy.deepcopy(worker.result)
     if worker.world > 1:

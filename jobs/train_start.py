@@ -12,14 +12,17 @@ from jobs.train_checkpoints import restore
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
 from pipeline.averaging import WeightAverage
-from pipeline.config import InferenceConfig, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.model.architectures import config_of, make_network
 from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.decode import Decoding
-from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, load_model
+from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model
 from pipeline.model.joint_sets import with_joints
-from pipeline.model.mspn import MSPN, MSPNConfig, load_trunk
+from pipeline.model.mspn import MSPN, load_trunk
+from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.recompute import recompute_activations
+from pipeline.model.settings import ARCHITECTURES, InferenceConfig
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
 from pipeline.pose.skeleton import Skeleton
@@ -65,7 +68,7 @@ def _refuse_uncompilable(worker: Worker) -> None:
                           "or leave compile out, in a new --output.")
 
 
-def averaging(network: MSPN) -> torch.nn.Module:
+def averaging(network: PoseNetwork) -> torch.nn.Module:
     """The network in a wrapper that averages gradients over the ranks, adding them up alike after every restart.
 
     The wrapper lays its buckets out anew after the first backward pass, in the order in which gradients came. From
@@ -85,16 +88,19 @@ def averaging(network: MSPN) -> torch.nn.Module:
     return wrapped
 
 
-def new_network(task: TrainTask) -> tuple[MSPN, ModelSpec]:
+def new_network(task: TrainTask) -> tuple[PoseNetwork, ModelSpec]:
     """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
     config, skeleton = task.config, task.skeleton
     torch.manual_seed(config.seed)
-    asked = MSPNConfig(num_joints=skeleton.num_joints, **config.network.model_dump())
+    asked = config_of(config.network, num_joints=skeleton.num_joints)
     if config.init is not None:
         return _initial_model(task, asked)
-    network = MSPN(asked)
+    network = make_network(asked)
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
+        if type(network) is not MSPN:
+            raise ConfigError(f"trunk is for MSPN, whose trunks are ResNets; {asked.architecture} begins untrained, or "
+                              "from a model (init).")
         load_trunk(network, _trunk_weights(config.trunk), colour=config.inference.colour)
     return network, spec_of(config, asked, skeleton)
 
@@ -113,18 +119,18 @@ def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def spec_of(config: TrainConfig, network: MSPNConfig, skeleton: Skeleton) -> ModelSpec:
+def spec_of(config: TrainConfig, network: NetworkConfig, skeleton: Skeleton) -> ModelSpec:
     """What model.json will say of a model that begins untrained: how it sees a person, and is decoded, is settings."""
     inference = config.inference
-    mean, std = IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
+    mean, std = NORMALISATIONS[inference.normalisation]
     if inference.colour == "BGR":
         mean, std = mean[::-1], std[::-1]
     return ModelSpec(network=network, skeleton=skeleton.to_json(), colour=inference.colour, mean=mean, std=std,
-                     box_padding_wh=inference.box_padding_wh,
+                     box_padding_wh=inference.box_padding_wh, loss=config.loss,
                      decoding=Decoding(variant=inference.decoding, blur_kernel=inference.blur_kernel))
 
 
-def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]:
+def _initial_model(task: TrainTask, asked: NetworkConfig) -> tuple[PoseNetwork, ModelSpec]:
     """The model of `init`, whose architecture, crop and decoding are taken unless the settings give others.
 
     Heads for other joints are new.
@@ -136,6 +142,8 @@ def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]
         raise ConfigError(f"init {task.config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
                           "begin from another model.")
     _refuse_other_inference(task.config, spec)
+    if "loss" in task.config.model_fields_set:
+        spec = ModelSpec.model_validate(spec.model_copy(update={"loss": task.config.loss}))
     if tuple(spec.skeleton["joints"]) == task.skeleton.joints:
         return network, spec
     network, spec, new = with_joints(network, spec, task.skeleton)
@@ -146,9 +154,10 @@ def _initial_model(task: TrainTask, asked: MSPNConfig) -> tuple[MSPN, ModelSpec]
 
 def _refuse_other_inference(config: TrainConfig, spec: ModelSpec) -> None:
     """Weights are right only with what they were trained with: settings that aren't the defaults must be just that."""
-    own = InferenceConfig(colour=spec.colour, box_padding_wh=spec.box_padding_wh, decoding=spec.decoding.variant,
-                          blur_kernel=spec.decoding.blur_kernel)
-    if config.inference not in (InferenceConfig(), own):
+    normalisation = "none" if spec.mean == NORMALISATIONS["none"][0] else "imagenet"
+    own = InferenceConfig(colour=spec.colour, normalisation=normalisation, box_padding_wh=spec.box_padding_wh,
+                          decoding=spec.decoding.variant, blur_kernel=spec.decoding.blur_kernel)
+    if config.inference not in (ARCHITECTURES[config.network.architecture].inference, own):
         raise ConfigError(f"init {config.init}: it was trained with inference {own.model_dump(mode='json')}, but asked "
                           f"for is {config.inference.model_dump(mode='json')}. Give the model's own, or begin from "
                           "another one.")

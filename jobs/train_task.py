@@ -11,7 +11,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec
-from pipeline.model.mspn import MSPN
+from pipeline.model.network import PoseNetwork
 from pipeline.pose.augment import Augmentation
 from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset
@@ -47,7 +47,7 @@ class Worker:
     world: int
     device: torch.device
     spec: ModelSpec
-    network: MSPN
+    network: PoseNetwork
     wrapped: torch.nn.Module  # the network, or the wrapper that averages gradients over the ranks
     optimiser: torch.optim.Optimizer
     iteration: int  # done
@@ -55,7 +55,7 @@ class Worker:
     average: WeightAverage | None = None  # of the network's weights, where the settings want one
 
     @property
-    def result(self) -> MSPN:
+    def result(self) -> PoseNetwork:
         """The network that is validated and becomes the model: the average, where there is one."""
         return self.network if self.average is None else self.average.network
 

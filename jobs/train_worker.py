@@ -89,14 +89,14 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
-    loss, optimiser = worker.task.config.loss, worker.task.config.optimiser
+    optimiser = worker.task.config.optimiser
     worker.iteration += 1
     worker.positions = positions_after(worker.positions, batch)
     report = training.train_step(
         worker.wrapped, worker.optimiser, training.as_batch(batch, worker.device), iteration=worker.iteration,
-        rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec, ohkm_joints=loss.ohkm_joints,
-        occluded=loss.occluded, target_peak=loss.target_peak, bfloat16=worker.task.intent["precision"] == "bfloat16",
-        accumulate=optimiser.accumulate, clip_norm=optimiser.clip_norm)
+        rate=training.learning_rate(worker.iteration, schedule), spec=worker.spec,
+        bfloat16=worker.task.intent["precision"] == "bfloat16", accumulate=optimiser.accumulate,
+        clip_norm=optimiser.clip_norm)
     if worker.average is not None:
         worker.average.update(worker.network)
     return report

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.model.mspn import MSPN
+from pipeline.model.network import PoseNetwork
 
 
 class WeightAverage:
@@ -21,12 +21,12 @@ class WeightAverage:
     so averaged means belong to averaged weights; those of the newest weights don't. Counters are copied.
     """
 
-    def __init__(self, network: MSPN, *, decay: float) -> None:
+    def __init__(self, network: PoseNetwork, *, decay: float) -> None:
         assert 0 < decay < 1, decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
-    def update(self, network: MSPN) -> None:
+    def update(self, network: PoseNetwork) -> None:
         """Take a step towards the network."""
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages, newest = self.network.state_dict(), network.state_dict()
@@ -36,7 +36,7 @@ class WeightAverage:
             averages[name].copy_(newest[name])
         self.updates += 1
 
-    def restart(self, network: MSPN) -> None:
+    def restart(self, network: PoseNetwork) -> None:
         """Begin at the network's weights, as if nothing had been before."""
         self.network.load_state_dict(network.state_dict())
         self.updates = 0

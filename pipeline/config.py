@@ -5,23 +5,18 @@ It knows no Ray, no torch and no MLflow, so that `--help` and a wrong command an
 
 import difflib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from pipeline.errors import ConfigError
+from pipeline.model.settings import ARCHITECTURES, AnyLoss, AnyNetwork, Architecture, InferenceConfig, MSPNSettings
+from pipeline.settings import NotNegative
+from pipeline.settings import Settings as Settings
 from pipeline.storage import normalise
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Settings(BaseModel):
-    """Settings that can't be changed once they are read, and that refuse a key they don't know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TrackingConfig(Settings):
@@ -95,17 +90,6 @@ class AugmentationConfig(Settings):
         return scale_range
 
 
-class NetworkConfig(Settings):
-    """Which MSPN: the authors' two stages of ResNet-50 by default."""
-
-    num_stages: int = Field(2, ge=1)
-    input_size_wh: tuple[int, int] = (192, 256)
-    blocks: tuple[int, int, int, int] = (3, 4, 6, 3)
-    widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-    stem_channels: int = Field(64, ge=1)
-    upsample_channels: int = Field(256, ge=1)
-
-
 class OptimiserConfig(Settings):
     """The optimiser and schedule of megvii-research/MSPN: Adam, L2 on everything, warm-up, linear decay to 0.
 
@@ -135,34 +119,6 @@ class OptimiserConfig(Settings):
         if batch is not None and batch % pieces:
             raise ValueError(f"optimiser.batch_size_per_worker, {batch}, must be a multiple of it")
         return pieces
-
-
-class LossConfig(Settings):
-    """What is supervised. `occluded: suppress` is the authors': occluded joints are driven to zero on coarse heads."""
-
-    ohkm_joints: int = Field(8, ge=1)
-    occluded: Literal["suppress", "supervise"] = "suppress"
-    target_peak: Literal["maximum", "joint"] = Field(
-        "maximum", description="what is 255 in a target: its highest cell, or the joint's own")
-
-
-class InferenceConfig(Settings):
-    """How the model is used, during training and ever after: it goes into model.json.
-
-    A model that begins from another one (`init`) keeps that one's; others than it and these defaults are refused.
-    """
-
-    colour: Literal["BGR", "RGB"] = Field("BGR", description="order of the network's input channels")
-    box_padding_wh: tuple[Positive, Positive] = Field((1.09, 1.135), description="factors on a box's sides")
-    decoding: Literal["official", "mmpose"] = Field("official", description="from heatmaps to joints")
-    blur_kernel: int = Field(5, ge=1, le=19, description="of the blur before decoding, in cells")
-
-    @field_validator("blur_kernel")
-    @classmethod
-    def _kernel_is_odd(cls, size: int) -> int:
-        if size % 2 == 0:
-            raise ValueError("a blur's size must be odd")
-        return size
 
 
 class PromotionConfig(Settings):
@@ -214,11 +170,11 @@ class TrainConfig(Settings):
     trunk: str | None = Field(None, description="a ResNet-50 state dict for every stage's trunk")
     init: str | None = Field(None, description="a model to begin from")
     heatmap_scale: float = Field(1.0, gt=0, description="of an untrained network's heatmaps; more for a short run")
-    network: NetworkConfig = NetworkConfig()
+    network: AnyNetwork = MSPNSettings()
     optimiser: OptimiserConfig = OptimiserConfig()
-    loss: LossConfig = LossConfig()
+    loss: AnyLoss = Field(default_factory=lambda data: _architecture(data).loss)
     augmentation: AugmentationConfig = AugmentationConfig()
-    inference: InferenceConfig = InferenceConfig()
+    inference: InferenceConfig = Field(default_factory=lambda data: _architecture(data).inference)
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("data", mode="before")
@@ -228,6 +184,23 @@ class TrainConfig(Settings):
         entries = list(value) if isinstance(value, list | tuple) else [value]
         read = [yaml.safe_load(each) if isinstance(each, str) and each.startswith("{") else each for each in entries]
         return [{"uri": each} if isinstance(each, str) else each for each in read]
+
+    @field_validator("loss", "inference", mode="before")
+    @classmethod
+    def _rest_is_its_authors(cls, value: Any, info: ValidationInfo) -> Any:
+        """What isn't said of a group is as the network's authors have it."""
+        if not isinstance(value, dict) or "network" not in info.data:
+            return value
+        own = getattr(_architecture(info.data), str(info.field_name)).model_dump()
+        return own | value if value.get("kind", own.get("kind")) == own.get("kind") else value
+
+    @field_validator("loss")
+    @classmethod
+    def _has_its_heads(cls, loss: AnyLoss, info: ValidationInfo) -> AnyLoss:
+        if "network" in info.data and loss.kind == "coarse-to-fine" and _architecture(info.data).loss.kind != loss.kind:
+            raise ValueError(f"coarse-to-fine is for mspn and rsn, whose stages have four heads; "
+                             f"{info.data['network'].architecture} learns with kind gaussian")
+        return loss
 
     @field_validator("sync_batch_norm", "checkpoint_activations")
     @classmethod
@@ -245,6 +218,11 @@ class TrainConfig(Settings):
         if text != "auto" and not (len(parts) <= 2 and all(part.isdigit() and int(part) > 0 for part in parts)):
             raise ValueError("expected a number of workers, MIN:MAX, or auto")
         return text
+
+
+def _architecture(values: Mapping[str, Any]) -> Architecture:
+    """What is known of the network that settings name; of the default one, where what they say of it is wrong."""
+    return ARCHITECTURES[values.get("network", MSPNSettings()).architecture]
 
 
 class AnnotationConfig(Settings):
@@ -394,7 +372,8 @@ def load_config(kind: type[AnySettings], *, files: Sequence[str] = (), assignmen
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_explain(kind, problem) for problem in error.errors()
+                                    if problem["type"] != "default_factory_not_called")) from None
 
 
 def locations(settings: Settings, *names: str) -> Any:
@@ -445,20 +424,40 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 
 def _explain(kind: type[Settings], problem: Any) -> str:
     """One line for one of pydantic's problems: the setting's full name, what was given, what to write instead."""
-    path = [str(step) for step in problem["loc"]]
+    path = _without_tags(kind, [str(step) for step in problem["loc"]])
     name = ".".join(path)
     if problem["type"] == "missing":
         return f"{name} is needed: give --{name.replace('_', '-')} or set it in the configuration file."
     if problem["type"] != "extra_forbidden":
         return f"{name}: {problem['msg']} (given: {problem['input']!r})."
-    known = _known_names(kind, path[:-1])
+    known = _known_names(kind, [str(step) for step in problem["loc"]][:-1])
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}."
     return f"{name} is not a setting of this job; {hint}"
 
 
 def _known_names(kind: type[Settings], path: Sequence[str]) -> list[str]:
+    groups: tuple[type[Settings], ...] = (kind,)
     for step in path:
-        annotation: Any = kind.model_fields[step].annotation
-        kind = next((each for each in (annotation, *get_args(annotation)) if isinstance(each, type)), kind)
-    return [field.alias or name for name, field in kind.model_fields.items()]
+        tagged = tuple(each for each in groups if step in _tags(each))
+        groups = tagged or groups_of(groups[0].model_fields[step].annotation) or groups
+    return [field.alias or name for name, field in groups[0].model_fields.items()]
+
+
+def groups_of(annotation: Any) -> tuple[type[Settings], ...]:
+    """The groups of settings that a field can hold: none, one, or one of several."""
+    if isinstance(annotation, type):
+        return (annotation,) if issubclass(annotation, Settings) else ()
+    return tuple(chain.from_iterable(map(groups_of, get_args(annotation))))
+
+
+def _tags(group: type[Settings]) -> list[Any]:
+    """What names this group among those that a field can hold: mspn, hrnet, ..., gaussian."""
+    return [field.default for name, field in group.model_fields.items() if name in ("architecture", "kind")]
+
+
+def _without_tags(kind: type[Settings], path: list[str]) -> list[str]:
+    """A setting's place as people write it; pydantic also says which of several groups it is in."""
+    tags = set(chain.from_iterable(_tags(group) for field in kind.model_fields.values()
+                                   for group in groups_of(field.annotation)))
+    return [step for index, step in enumerate(path) if not (index == 1 and step in tags)]

@@ -17,7 +17,7 @@ import torch
 from pipeline.model import inference
 from pipeline.model.decode import decode_heatmaps, flip_average
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops
-from pipeline.model.mspn import MSPN
+from pipeline.model.network import PoseNetwork
 from pipeline.pose.crop import crop_matrix, crop_person, joints_to_image, region_for_box
 from pipeline.pose.skeleton import Skeleton
 
@@ -58,8 +58,8 @@ class Predictor:
     compile_mode  torch.compile's, of "cpu" and "cuda"; None: not compiled
     """
 
-    def __init__(self, model: Path | tuple[MSPN, ModelSpec], *, backend: str = "auto", precision: str = "float32",
-                 flip: bool = True, batch_size: int = 32, threads: int | None = None,
+    def __init__(self, model: Path | tuple[PoseNetwork, ModelSpec], *, backend: str = "auto",
+                 precision: str = "float32", flip: bool = True, batch_size: int = 32, threads: int | None = None,
                  compile_mode: str | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -140,7 +140,8 @@ class Predictor:
         images = normalise_crops(pixels, self.spec)
         heatmaps = self._heatmaps(images)
         if self.flip:
-            heatmaps = flip_average(heatmaps, self._heatmaps(images.flip(-1)), self.skeleton.flip_order)
+            heatmaps = flip_average(heatmaps, self._heatmaps(images.flip(-1)), self.skeleton.flip_order,
+                                    shift=self.spec.decoding.flip_shift)
         return decode_heatmaps(heatmaps, self.spec.input_size_wh, decoding=self.spec.decoding)
 
 

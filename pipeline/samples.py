@@ -50,6 +50,7 @@ class SampleRecipe:
 
     joints  for each joint of the skeleton its index among the dataset's own, -1: the dataset doesn't have it;
             None: they are the same
+    margin_px  joints so far outside of the crop are taught as well
     """
 
     skeleton: Skeleton
@@ -58,6 +59,7 @@ class SampleRecipe:
     augmentation: Augmentation | None
     seed: int
     joints: tuple[int, ...] | None = None
+    margin_px: int = 0
 
 
 # --- the order ----------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def _person_sample(image_bgr: npt.NDArray[np.uint8], person: Mapping[str, Any], 
     return training_sample(
         image_bgr, tuple(person["box_xywh"]), _keypoints(person, recipe.joints),
         skeleton=recipe.skeleton, input_size_wh=recipe.input_size_wh, padding_wh=recipe.padding_wh,
-        augmentation=recipe.augmentation,
+        augmentation=recipe.augmentation, margin_px=recipe.margin_px,
         generator=sample_generator(recipe.seed, epoch, int(person["annotation_id"])))
 
 

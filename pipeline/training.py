@@ -8,8 +8,8 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from typing import Any, Literal
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from pipeline.averaging import WeightAverage
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, normalise_crops
-from pipeline.model.loss import LossTerms, mspn_loss
-from pipeline.model.mspn import MSPN
-from pipeline.model.targets import TargetPeak, draw_targets
+from pipeline.model.loss import LossTerms, taught_loss
+from pipeline.model.network import PoseNetwork
 
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
@@ -76,7 +75,7 @@ class StepReport:
     """What an iteration gave, still on the device, so that reading it doesn't hold the next one up.
 
     loss   scalar, the total before the step
-    heads  [S, 4], each head's share of it: stage by stage, coarse to fine
+    heads  [S, heads of a stage], each head's share of it: stage by stage, coarse to fine
     gradient_norm  scalar, of all gradients as one vector before they were clipped; None where they aren't
     """
 
@@ -113,27 +112,28 @@ def make_optimiser(network: nn.Module, *, weight_decay: float) -> torch.optim.Ad
     return torch.optim.Adam(network.parameters(), lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
 
 
-def scale_heatmaps(network: MSPN, factor: float) -> None:
-    """Multiply an untrained network's heatmaps, by the weights of the heads' last batch norms (1 at first).
+def scale_heatmaps(network: PoseNetwork, factor: float) -> None:
+    """Multiply an untrained network's heatmaps, by the weights of the heads' last layers (batch norms: 1 at first).
 
     Targets reach 255, untrained heatmaps have a deviation of 1, and Adam moves a weight by the learning rate at most:
     the authors' 96,000 iterations get there, some hundred don't, and all joints' scores then stay near 0.5.
     """
     with torch.no_grad():
-        for stage in network.stages:
-            for unit in stage.upsample.units:
-                unit.res_conv2.bn.weight.mul_(factor)
+        for name in chain.from_iterable(network.heads):
+            *_, last = (module for module in network.get_submodule(name).modules() if list(module.parameters(False)))
+            for parameter in last.parameters():
+                parameter.mul_(factor)
 
 
 # --- one iteration ------------------------------------------------------------------------------------------------
 
 
 def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: TrainingBatch, *, iteration: int,
-               rate: float, spec: ModelSpec, ohkm_joints: int, occluded: Literal["suppress", "supervise"],
-               target_peak: TargetPeak = "maximum", bfloat16: bool = False, channels_last: bool = True,
-               accumulate: int = 1, clip_norm: float | None = None) -> StepReport:
+               rate: float, spec: ModelSpec, bfloat16: bool = False, channels_last: bool = True, accumulate: int = 1,
+               clip_norm: float | None = None) -> StepReport:
     """One step of the optimiser on one batch. The network (or its distributed wrapper) is in training mode.
 
+    spec           how the network sees crops, and with which loss it is taught
     bfloat16       the network under autocast; targets and loss are float32 always
     channels_last  the memory format of the images; the network should have the same
     accumulate     the batch goes through in so many equal pieces, whose gradients add up to the whole batch's: less
@@ -147,8 +147,7 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
     losses = []
     for piece, synchronised in _pieces(network, batch, accumulate):
         with synchronised:
-            loss = _loss(network, piece, spec, ohkm_joints, occluded, target_peak, bfloat16=bfloat16,
-                         channels_last=channels_last)
+            loss = _loss(network, piece, spec, bfloat16=bfloat16, channels_last=channels_last)
             (loss.total / accumulate).backward()  # type: ignore[no-untyped-call]
         losses.append(loss)
     norm = None if clip_norm is None else nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -157,15 +156,13 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
     return StepReport(iteration, total, heads, batch.ids, norm)
 
 
-def _loss(network: nn.Module, batch: TrainingBatch, spec: ModelSpec, ohkm_joints: int,
-          occluded: Literal["suppress", "supervise"], target_peak: TargetPeak, *, bfloat16: bool,
+def _loss(network: nn.Module, batch: TrainingBatch, spec: ModelSpec, *, bfloat16: bool,
           channels_last: bool) -> LossTerms:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = normalise_crops(batch.crops, spec).to(memory_format=layout)
-    targets = draw_targets(batch.joints_xy, batch.visible, spec.input_size_wh, peak=target_peak)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         heatmaps = network(images)
-    return mspn_loss(heatmaps, targets, batch.visible, ohkm_joints=ohkm_joints, occluded=occluded)
+    return taught_loss(heatmaps, batch.joints_xy, batch.visible, spec.input_size_wh, spec.loss)
 
 
 def _pieces(network: nn.Module, batch: TrainingBatch, count: int,
@@ -209,7 +206,7 @@ def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.devi
 # --- the state in a file ------------------------------------------------------------------------------------------
 
 
-def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: TrainingState,
+def state_bytes(network: PoseNetwork, optimiser: torch.optim.Optimizer, state: TrainingState,
                 average: WeightAverage | None = None) -> bytes:
     """All that a run needs to go on, as torch.save writes it: tensors and plain types. `load_state` is the inverse."""
     sink = io.BytesIO()
@@ -221,7 +218,7 @@ def state_bytes(network: MSPN, optimiser: torch.optim.Optimizer, state: Training
     return sink.getvalue()
 
 
-def load_state(data: bytes, network: MSPN, optimiser: torch.optim.Optimizer,
+def load_state(data: bytes, network: PoseNetwork, optimiser: torch.optim.Optimizer,
                average: WeightAverage | None = None) -> TrainingState:
     """Put a network, its optimiser and its average back to where `state_bytes` saw them; where that was.
 

@@ -102,7 +102,6 @@ def _compiled(rank: int) -> dict[str, Any]:
         if way == "compiled":
             compile_forward(wrapped, "default")
         training.train_step(wrapped, torch.optim.SGD(network.parameters()), batch, iteration=1, rate=1e-4,
-                            spec=ModelSpec(network=CONFIG, skeleton=COCO17.to_json()), ohkm_joints=8,
-                            occluded="suppress", accumulate=2)
+                            spec=ModelSpec(network=CONFIG, skeleton=COCO17.to_json()), accumulate=2)
         found[way] = network.state_dict()
     return found

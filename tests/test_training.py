@@ -275,8 +275,7 @@ def random_batch() -> training.TrainingBatch:
 
 def step(network: MSPN, optimiser: torch.optim.Optimizer, batch: training.TrainingBatch, iteration: int,
          rate: float) -> training.StepReport:
-    return training.train_step(network, optimiser, batch, iteration=iteration, rate=rate, spec=SPEC, ohkm_joints=8,
-                               occluded="suppress")
+    return training.train_step(network, optimiser, batch, iteration=iteration, rate=rate, spec=SPEC)
 
 
 def assert_close_where_the_gradient_is_clear(found: torch.Tensor, expected: torch.Tensor,

@@ -308,8 +308,7 @@ def sgd_step(network: MSPN, batch: training.TrainingBatch, rate: float = 1e-6,
              **options: Any) -> training.StepReport:
     """A step whose update is the gradients themselves, times the rate; they stay with the parameters."""
     optimiser = torch.optim.SGD(network.parameters(), lr=0.0)
-    return training.train_step(network, optimiser, batch, iteration=1, rate=rate, spec=SPEC, ohkm_joints=8,
-                               occluded="suppress", **options)
+    return training.train_step(network, optimiser, batch, iteration=1, rate=rate, spec=SPEC, **options)
 
 
 def gradients(network: MSPN) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.model.decode import Decoding
 from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, build_network
-from pipeline.model.mspn import MSPN, MSPNConfig, check_tensors
+from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model.network import PoseNetwork, check_tensors
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
 
 # `mspn50_coco_256x192-8fbfb5d0_20201123.pth`: published names carry the first digits of the file's SHA-256.
@@ -56,7 +57,7 @@ MMPOSE_BLUR_KERNEL = 5
 
 
 def read_checkpoint(path: Path, *, skeleton: Skeleton | None = None,
-                    input_size_wh: tuple[int, int] | None = None) -> tuple[MSPN, ModelSpec]:
+                    input_size_wh: tuple[int, int] | None = None) -> tuple[PoseNetwork, ModelSpec]:
     """The network of a published file, in evaluation mode, and the spec that its weights go with.
 
     Stages, joints, blocks and widths follow from the entries and their shapes. What doesn't: the skeleton (17

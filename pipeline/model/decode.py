@@ -1,55 +1,65 @@
-"""From heatmaps to joints in crop pixels, for a whole batch on the device: the two published ways.
+"""From heatmaps to joints in crop pixels, for a whole batch on the device: the published ways.
 
 A checkpoint's published accuracy was reached with its own way; the model directory says which.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Final
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.model.settings import BlurKernel, DecodingVariant
 from pipeline.model.targets import PEAK, gaussian_taps
+from pipeline.settings import Settings
 
 AROUND = 10  # cells of zeros that the authors put around a map before they blur it
 QUARTER = 0.25  # of a cell, towards the second peak (Newell et al. 2016, sec. 3.1)
 BASE_SCORE = 0.5  # the authors' joint score is 0.5 for an empty map, 1.5 for a full peak
 SAME_PEAK = 1e-3  # cells: peaks nearer than this give no direction
+_RAW = "the heatmap's maximum: about 0 where the joint isn't seen, 1 for a full peak"
+SCORES = {"official": "the heatmap's value / 255 + 0.5: 0.5 for an empty map, 1.5 for a full peak",
+          "hrnet": _RAW, "hourglass": _RAW}
 
 
-def _odd(size: int) -> int:
-    if size % 2 == 0:
-        raise ValueError("a blur's size must be odd")
-    return size
+class Decoding(Settings):
+    """How heatmaps become joints: whose way, and the size of the blur, for the ways that have one (MPII: 9)."""
+
+    variant: DecodingVariant = "official"
+    blur_kernel: BlurKernel = 5
+
+    @property
+    def flip_shift(self) -> int:
+        """Cells by which the mirror image's maps go to the right before they are averaged (HRNet's SHIFT_HEATMAP)."""
+        return 1 if self.variant == "hrnet" else 0
+
+    @property
+    def score_meaning(self) -> str:
+        """What a joint's score is, in words, for whoever reads it."""
+        return SCORES.get(self.variant, SCORES["official"])
 
 
-class Decoding(BaseModel):
-    """How heatmaps become joints: the authors' or MMPose's way, and the size of the blur (MPII: 9)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    variant: Literal["official", "mmpose"] = "official"
-    # from 21 on, the authors' border of 10 cells would mirror the map itself
-    blur_kernel: Annotated[int, Field(ge=1, le=19), AfterValidator(_odd)] = 5
-
-
-def flip_average(heatmaps: Tensor, flipped: Tensor, flip_order: Sequence[int]) -> Tensor:
-    """The mean of a crop's heatmaps and its mirror image's, mirrored back; without a shift.
+def flip_average(heatmaps: Tensor, flipped: Tensor, flip_order: Sequence[int], *, shift: int = 0) -> Tensor:
+    """The mean of a crop's heatmaps and its mirror image's, mirrored back.
 
     heatmaps, flipped  [B, K, h, w], half precision is averaged in float32
     flip_order         the permutation that gives left joints' maps to right ones (`Skeleton.flip_order`)
+    shift              cells by which what was mirrored back goes to the right; the first columns stay as well
     """
     order = torch.tensor(flip_order, device=flipped.device)
-    return (_at_least_float32(heatmaps) + _at_least_float32(flipped).flip(-1)[:, order]) * 0.5
+    back = _at_least_float32(flipped).flip(-1)[:, order]
+    if shift:
+        back = torch.cat([back[..., :shift], back[..., :-shift]], dim=-1)
+    return (_at_least_float32(heatmaps) + back) * 0.5
 
 
 def decode_heatmaps(heatmaps: Tensor, input_size_wh: tuple[int, int], *,
                     decoding: Decoding) -> tuple[Tensor, Tensor]:
     """Joints in crop pixels, and their scores.
 
-    heatmaps  [B, K, h, w] float, 0 to 255: the network's finest ones, or their flip average
+    heatmaps  [B, K, h, w] float, the network's finest ones, or their flip average: 0 to 255, or 0 to 1 where the
+              targets were such (hrnet, hourglass)
     Returns   joints_xy [B, K, 2] float32, scores [B, K] float32, both on the heatmaps' device.
 
     Computed in float64 whatever the heatmaps' type: the blur's taps are n/16 or n/256 (up to size 9), so
@@ -58,8 +68,7 @@ def decode_heatmaps(heatmaps: Tensor, input_size_wh: tuple[int, int], *,
     both neighbours of a peak tie, it may move a quarter cell and we don't.)
     """
     maps = heatmaps.double()
-    decode = _decode_official if decoding.variant == "official" else _decode_mmpose
-    cells, scores = decode(maps, decoding.blur_kernel)
+    cells, scores = VARIANTS[decoding.variant](maps, decoding.blur_kernel)
     stride = torch.tensor((input_size_wh[0] / maps.shape[3], input_size_wh[1] / maps.shape[2]),
                           dtype=maps.dtype, device=maps.device)
     return (cells * stride).float(), scores.float()
@@ -120,6 +129,51 @@ def _decode_mmpose(maps: Tensor, blur_kernel: int) -> tuple[Tensor, Tensor]:
     offset = QUARTER * torch.stack((right - left, below - above), dim=-1).sign() + 0.5
     cells = cells + offset * inner[..., None]
     return torch.where((score > 0)[..., None], cells, -1), score / PEAK + BASE_SCORE
+
+
+def _decode_hrnet(maps: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    """Cells [B, K, 2] and scores [B, K] as HRNet's `get_final_preds`.
+
+    The signs of the central differences give a quarter offset, unless either coordinate is in the outer cells. The
+    score is the maximum itself. Maps without a positive value get the cell (0, 0).
+    """
+    height, width = maps.shape[2:]
+    score, index = maps.flatten(2).max(dim=2).values, maps.flatten(2).argmax(dim=2)
+    cells = torch.where((score > 0)[..., None], _cells_xy(index, width), 0)
+    x, y = cells.unbind(dim=-1)
+    inner = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
+    slopes = _slopes(maps, cells)
+    return cells + QUARTER * slopes.sign() * inner[..., None], score
+
+
+def _decode_hourglass(maps: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    """Cells [B, K, 2] and scores [B, K] as the hourglass's HeatmapParser, of maps cut off at 1.
+
+    A quarter offset in each axis, to the right and down only where that neighbour is truly higher; at the border the
+    cell itself is the neighbour. Half a cell on top. The score is the maximum. Maps without a positive value get the
+    cell (0, 0) and a score of 0.
+    """
+    maps = maps.clamp_max(1)
+    score, index = maps.flatten(2).max(dim=2).values, maps.flatten(2).argmax(dim=2)
+    cells = _cells_xy(index, maps.shape[3])
+    refined = cells + torch.where(_slopes(maps, cells) > 0, QUARTER, -QUARTER) + 0.5
+    return torch.where((score > 0)[..., None], refined, 0), score.clamp_min(0)
+
+
+def _slopes(maps: Tensor, cells: Tensor) -> Tensor:
+    """[B, K, 2]: the right neighbour less the left, the lower less the upper; outside, the cell itself is one."""
+    height, width = maps.shape[2:]
+    x, y = cells.unbind(dim=-1)
+
+    def values(x: Tensor, y: Tensor) -> Tensor:
+        index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        return maps.flatten(2).gather(2, index[..., None])[..., 0]
+
+    return torch.stack((values(x + 1, y) - values(x - 1, y), values(x, y + 1) - values(x, y - 1)), dim=-1)
+
+
+VARIANTS: Final = {"official": _decode_official, "mmpose": _decode_mmpose, "hrnet": _decode_hrnet,
+                   "hourglass": _decode_hourglass}
 
 
 def _blur(maps: Tensor, kernel: int) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.model.loss import UNITS
-from pipeline.model.mspn import ConvBNReLU, MSPNConfig
+from pipeline.model.mspn import ConvBNReLU, MSPNConfig, MultiStageConfig
 from pipeline.model.observed import Facts, Lesson, facts_of
 from pipeline.model.targets import KERNELS, gaussian_taps
 from pipeline.svg import Drawing, Point, arrows, box, document, dot, group, path, style, text
@@ -76,7 +76,7 @@ def diagram(config: MSPNConfig) -> str:
     return document(WIDTH, height, _title(config), drawing + _stem(facts))
 
 
-def _title(config: MSPNConfig) -> str:
+def _title(config: MultiStageConfig) -> str:
     return f"MSPN with {config.num_stages} stage{'s' * (config.num_stages > 1)} and {config.num_joints} joints"
 
 

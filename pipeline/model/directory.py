@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -27,9 +28,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.model.architectures import NETWORKS, make_network
 from pipeline.model.decode import Decoding
-from pipeline.model.mspn import MSPN, MSPNConfig, check_tensors
+from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
+from pipeline.model.settings import ARCHITECTURES, DEFAULT, AnyLoss
 from pipeline.pose.skeleton import Skeleton
+from pipeline.settings import Positive
 
 VERSION = 1  # the newest major version of model.json that this program reads
 SPEC_FILE = "model.json"
@@ -40,32 +44,36 @@ REMEDY = "Copy the whole directory again, or write it anew with import-model or 
 IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
-Positive = Annotated[float, Field(gt=0)]
+# of values of 0 to 1, in the order R, G, B: mean and deviation
+NORMALISATIONS: Final = {"imagenet": (IMAGENET_MEAN_RGB, IMAGENET_STD_RGB), "none": ((0.0,) * 3, (1.0,) * 3)}
 
 
 class ModelSpec(BaseModel):
     """What model.json says. Keys that this version doesn't know are ignored, at every level.
 
-    network         which MSPN; its input_size_wh is what crops must have
+    architecture    mspn, rsn, hrnet or hourglass; the network's own, unless it is read from a file
+    network         which one of these; its input_size_wh is what crops must have
     skeleton        the joints, as `Skeleton.to_json` gives them, as many as the network has
     colour          order of the network's input channels
     mean, std       of values of 0 to 1, in the network's channel order; the authors' by default
     box_padding_wh  factors on a box's width and height before its aspect is fitted; the authors' by default
     decoding        how the heatmaps become joints
+    loss            what the heatmaps were taught with; the architecture's authors' by default
     source          where the weights come from, for people: run id, data digest, checkpoint, its SHA-256
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     version: Literal[1] = 1
-    architecture: Literal["mspn"] = "mspn"
-    network: MSPNConfig
+    architecture: Literal["mspn", "rsn", "hrnet", "hourglass"] = "mspn"
+    network: SerializeAsAny[NetworkConfig]
     skeleton: dict[str, Any]
     colour: Literal["BGR", "RGB"] = "BGR"
     mean: tuple[float, float, float] = IMAGENET_MEAN_RGB[::-1]
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD_RGB[::-1]
     box_padding_wh: tuple[Positive, Positive] = (1.09, 1.135)
     decoding: Decoding = Decoding()
+    loss: AnyLoss = Field(default_factory=lambda data: ARCHITECTURES[data["architecture"]].loss)
     source: dict[str, Any] = {}
 
     @property
@@ -73,11 +81,32 @@ class ModelSpec(BaseModel):
         """Width and height of the crops that the network sees."""
         return self.network.input_size_wh
 
-    @field_validator("network", "decoding", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _without_unknown_keys(cls, value: Any, info: ValidationInfo) -> Any:
-        known = MSPNConfig.model_fields if info.field_name == "network" else Decoding.model_fields
-        return {key: value[key] for key in value if key in known} if isinstance(value, dict) else value
+    def _of_its_architecture(cls, values: dict[str, Any]) -> dict[str, Any]:
+        network = values.get("network")
+        own = {"architecture": network.architecture} if isinstance(network, NetworkConfig) else {}
+        return {"architecture": DEFAULT} | values | own
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _network_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict) or "architecture" not in info.data:
+            return value
+        kind = NETWORKS[info.data["architecture"]].config
+        return kind(**_known(value, kind))
+
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _without_unknown_keys(cls, value: Any) -> Any:
+        return _known(value, Decoding) if isinstance(value, dict) else value
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_without_unknown_keys(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict) or "architecture" not in info.data:
+            return value
+        return _known(value, type(ARCHITECTURES[info.data["architecture"]].loss))
 
     @model_validator(mode="after")
     def _joints_are_as_many(self) -> "ModelSpec":
@@ -87,7 +116,7 @@ class ModelSpec(BaseModel):
         return self
 
 
-def save_model(directory: Path, network: MSPN, spec: ModelSpec) -> None:
+def save_model(directory: Path, network: PoseNetwork, spec: ModelSpec) -> None:
     """Write a model directory; the same weights and spec give the same bytes. `load_model` is the inverse.
 
     Weights are written as float32, model.json last. A directory that holds a model is refused with DataError.
@@ -109,7 +138,7 @@ def add_to_source(directory: Path, about: Mapping[str, Any]) -> None:
     (directory / SPEC_FILE).write_text(_spec_text(more), encoding="utf-8")
 
 
-def load_model(directory: Path) -> tuple[MSPN, ModelSpec]:
+def load_model(directory: Path) -> tuple[PoseNetwork, ModelSpec]:
     """The network, in evaluation mode on the CPU, and its spec.
 
     Refused with DataError: a missing or broken file, a newer version, weights of any other network.
@@ -125,10 +154,10 @@ def load_model(directory: Path) -> tuple[MSPN, ModelSpec]:
     return build_network(spec.network, weights, source=str(path)), spec
 
 
-def build_network(config: MSPNConfig, weights: dict[str, Tensor], *, source: str) -> MSPN:
+def build_network(config: NetworkConfig, weights: dict[str, Tensor], *, source: str) -> PoseNetwork:
     """The network with exactly these weights, in evaluation mode; DataError names what doesn't fit."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        network = MSPN(config)
+        network = make_network(config)
     expected = network.state_dict()
     check_tensors(weights, expected, source=source)
     # copies: what comes from safetensors is the file itself, mapped into memory
@@ -188,10 +217,14 @@ def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torc
 
 
 def _spec_text(spec: ModelSpec) -> str:
-    return spec.model_dump_json(indent=2) + "\n"
+    return spec.model_dump_json(indent=2, exclude={"network": {"architecture"}}) + "\n"
 
 
-def _as_stored(network: MSPN) -> dict[str, Tensor]:
+def _known(values: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in kind.model_fields}
+
+
+def _as_stored(network: PoseNetwork) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
             for name, tensor in tensors.items()}

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.errors import ConfigError
 from pipeline.model.compiling import why_not_compile
-from pipeline.model.mspn import MSPN, ConvBNReLU
+from pipeline.model.network import PoseNetwork
 
 # images [B, 3, H, W] float32 -> heatmaps [B, K, H/4, W/4] float32, on the same device
 Heatmaps = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ def native_precision(backend: str) -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: int, threads: int | None,
+def fast_heatmaps(network: PoseNetwork, backend: str, precision: str, *, batch_size: int, threads: int | None,
                   compile_mode: str | None = None) -> Heatmaps:
     """The network's finest heatmaps by this backend. The network itself stays as it is.
 
@@ -84,7 +84,7 @@ def fast_heatmaps(network: MSPN, backend: str, precision: str, *, batch_size: in
     return heatmaps
 
 
-def _compiled(network: MSPN, mode: str, batch_size: int) -> Heatmaps:
+def _compiled(network: PoseNetwork, mode: str, batch_size: int) -> Heatmaps:
     """The network's `predict` by torch.compile, for batches of one size: another size would be compiled anew.
 
     Refused with ConfigError: a machine that can't compile.
@@ -105,7 +105,7 @@ def _compiled(network: MSPN, mode: str, batch_size: int) -> Heatmaps:
     return heatmaps
 
 
-def plain_heatmaps(network: MSPN, precision: str) -> Heatmaps:
+def plain_heatmaps(network: PoseNetwork, precision: str) -> Heatmaps:
     """The network as it is, where it is; bfloat16 by autocast."""
     def heatmaps(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "float32"):
@@ -114,21 +114,21 @@ def plain_heatmaps(network: MSPN, precision: str) -> Heatmaps:
     return heatmaps
 
 
-def fold_batch_norms(network: MSPN) -> MSPN:
+def fold_batch_norms(network: PoseNetwork) -> PoseNetwork:
     """A copy in which each batch norm, a fixed scale and shift once trained, is part of its convolution."""
     folded = copy.deepcopy(network).eval()
-    for module in folded.modules():
-        if isinstance(module, ConvBNReLU):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()  # type: ignore[assignment]
+    for conv, norm in network.foldable():
+        fused = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))  # type: ignore[arg-type,type-var]
+        folded.set_submodule(conv, fused)
+        folded.set_submodule(norm, nn.Identity())
     return folded
 
 
-def _lower_precision(network: MSPN, dtype: torch.dtype) -> None:
+def _lower_precision(network: PoseNetwork, dtype: torch.dtype) -> None:
     """All but the last convolution: of heatmaps up to 255, bfloat16's steps of 1 would make ties of neighbours."""
     network.to(dtype)
-    head = network.stages[-1].upsample.up4
-    head.res_conv2 = _InFloat32(head.res_conv2.float())  # type: ignore[assignment]
+    finest = network.heads[-1][-1]
+    network.set_submodule(finest, _InFloat32(network.get_submodule(finest).float()))
 
 
 class _InFloat32(nn.Module):
@@ -144,7 +144,7 @@ class _InFloat32(nn.Module):
 class _Finest(nn.Module):
     """The network's `predict` as its `forward`, which is what is traced."""
 
-    def __init__(self, network: MSPN) -> None:
+    def __init__(self, network: PoseNetwork) -> None:
         super().__init__()
         self.network = network
 
@@ -152,7 +152,7 @@ class _Finest(nn.Module):
         return self.network.predict(images)
 
 
-def _openvino(network: MSPN, precision: str, batch_size: int, threads: int | None) -> Heatmaps:
+def _openvino(network: PoseNetwork, precision: str, batch_size: int, threads: int | None) -> Heatmaps:
     # the converter tells its makers of each use, unless this package can't be imported; pictures' owners didn't agree
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

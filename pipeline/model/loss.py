@@ -1,6 +1,6 @@
-"""What training minimises: MSPN's coarse-to-fine loss over all heads (Li et al. 2019, sec. 3.3).
+"""What training minimises: MSPN's coarse-to-fine loss over all heads (Li et al. 2019, sec. 3.3), or one Gaussian's.
 
-It knows heatmaps, targets and visibilities; not where they come from.
+It knows heatmaps, joints and visibilities; not where they come from.
 """
 
 from typing import Literal, NamedTuple
@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.model.targets import KERNELS
+from pipeline.model.settings import CoarseToFineLoss, GaussianLoss
+from pipeline.model.targets import KERNELS, draw_gaussians, draw_targets
 
 COARSE_WEIGHT = 0.25  # of each plain head
 OHKM_JOINTS = 8  # the authors' number of hard joints
@@ -19,11 +20,37 @@ Occluded = Literal["suppress", "supervise"]
 
 class LossTerms(NamedTuple):
     """total  scalar, what is minimised: the sum of heads.
-    heads  [S, 4], each head's weighted share of it: stage by stage, coarse to fine.
+    heads  [S, heads of a stage], each one's weighted share of it: stage by stage, coarse to fine.
     """
 
     total: Tensor
     heads: Tensor
+
+
+def taught_loss(heatmaps: list[list[Tensor]], joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, int],
+                settings: CoarseToFineLoss | GaussianLoss) -> LossTerms:
+    """The loss that the settings say, of all heads, against targets that are drawn here.
+
+    heatmaps   of each stage, of each head (coarse to fine) [B, K, H/4, W/4]: what a network's forward gives
+    joints_xy  [B, K, 2] in input pixels; visible [B, K] as in `mspn_loss`
+    """
+    if settings.kind == "gaussian":
+        targets, counted = draw_gaussians(joints_xy, visible, input_size_wh, settings)
+        return gaussian_loss(heatmaps, targets, counted, weight=settings.weight)
+    targets = draw_targets(joints_xy, visible, input_size_wh, peak=settings.target_peak)
+    return mspn_loss(heatmaps, targets, visible, ohkm_joints=settings.ohkm_joints, occluded=settings.occluded)
+
+
+def gaussian_loss(heatmaps: list[list[Tensor]], targets: Tensor, counted: Tensor, *, weight: float) -> LossTerms:
+    """The mean over heads, persons, joints and cells of squared errors, times a weight (HRNet's 0.5).
+
+    targets  [B, K, h, w] for every head
+    counted  [B, K]: joints that take part; those that don't still count in the mean's divisor
+    """
+    terms = torch.stack([torch.stack([(_joint_errors(head, targets) * counted).mean() for head in stage])
+                         for stage in heatmaps])
+    heads = weight * terms / terms.numel()
+    return LossTerms(heads.sum(), heads)
 
 
 def mspn_loss(heatmaps: list[list[Tensor]], targets: Tensor, visible: Tensor, *,

@@ -9,77 +9,59 @@ published weight file. This file knows nothing of losses, devices, files or proc
 """
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
+from pipeline.model.settings import MSPNSettings, MultiStageSettings
 
 EXPANSION = 4  # a bottleneck gives out four times its width (He et al. 2016)
-HALVINGS = 32  # the trunk halves five times: every side must be a multiple of this
 
 Skips = list[tuple[Tensor, Tensor]]  # two for each of a trunk's layers, fine to coarse
-Positive = Annotated[int, Field(ge=1)]
 
 
-class MSPNConfig(BaseModel):
-    """Which MSPN. The defaults are the authors' two stages; fewer blocks and smaller widths make small ones.
+class MultiStageConfig(MultiStageSettings, NetworkConfig):
+    """What `MSPN` is built from, and RSN."""
 
-    blocks, widths  of the trunk's four layers: how many bottlenecks, and how wide inside
-    Refused with ConfigError: an unknown key, a number below 1, an input side that isn't a multiple of 32.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_joints: Positive
-    num_stages: Positive = 2
-    input_size_wh: tuple[Positive, Positive] = (192, 256)
-    blocks: tuple[Positive, Positive, Positive, Positive] = (3, 4, 6, 3)
-    widths: tuple[Positive, Positive, Positive, Positive] = (64, 128, 256, 512)
-    stem_channels: Positive = 64
-    upsample_channels: Positive = 256
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (given: {e['input']!r})"
-                              for e in error.errors())
-            raise ConfigError(f"MSPN: {found}") from None
-
-    @field_validator("input_size_wh")
-    @classmethod
-    def _sides_halve_five_times(cls, size_wh: tuple[int, int]) -> tuple[int, int]:
-        nearest = tuple(max(HALVINGS, round(side / HALVINGS) * HALVINGS) for side in size_wh)
-        if nearest != size_wh:
-            raise ValueError(f"both sides must be multiples of {HALVINGS} (MSPN halves five times); "
-                             f"nearest: {nearest}")
-        return size_wh
+    expansion: ClassVar[int]
 
     @property
     def trunk_channels(self) -> tuple[int, ...]:
-        """Channels that the trunk's four layers give out, fine to coarse: 256, 512, 1024, 2048."""
-        return tuple(width * EXPANSION for width in self.widths)
+        """Channels that the trunk's four layers give out, fine to coarse; MSPN's: 256, 512, 1024, 2048."""
+        return tuple(width * self.expansion for width in self.widths)
 
 
-class MSPN(nn.Module):
+class MSPNConfig(MSPNSettings, MultiStageConfig):
+    """Which MSPN, for which joints."""
+
+    expansion = EXPANSION
+
+
+class MSPN(PoseNetwork):
     """The whole network, freshly initialised as the authors do.
 
     images    [B, 3, H, W] normalised, H and W multiples of 32 (not only the configured size)
     heatmaps  [B, K, H/4, W/4], 0 to 255 where trained with the authors' targets
     """
 
-    def __init__(self, config: MSPNConfig) -> None:
-        super().__init__()
-        self.config = config
+    config: MultiStageConfig
+
+    def __init__(self, config: MultiStageConfig) -> None:
+        super().__init__(config)
         self.top = Stem(config)
         for index in range(config.num_stages):
-            self.add_module(f"stage{index}", Stage(config, is_last=index == config.num_stages - 1))
+            stage = Stage(config, self.block, is_last=index == config.num_stages - 1)
+            self.add_module(f"stage{index}", stage)
         initialise(self)
+
+    @property
+    def block(self) -> type[nn.Module]:
+        """What the trunks are made of."""
+        return Bottleneck
 
     @property
     def stages(self) -> list["Stage"]:
@@ -104,14 +86,28 @@ class MSPN(nn.Module):
         _, merged = self.stages[-1](x, skips)
         return self.stages[-1].upsample.up4.heatmap(merged[-1])
 
+    @property
+    def heads(self) -> list[list[str]]:
+        """Each unit's last convolution with its batch norm."""
+        return [[f"stage{stage}.upsample.up{unit}.res_conv2" for unit in (1, 2, 3, 4)]
+                for stage in range(self.config.num_stages)]
+
+    def recomputed(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+        """The stem, the trunks' blocks, and the units' ways up, out and over."""
+        for module in self.modules():
+            if isinstance(module, Stem | self.block):
+                yield module, ("forward",)
+            if isinstance(module, UpsampleUnit):
+                yield module, ("forward", "heatmap", "skips")
+
 
 class Stage(nn.Module):
     """Down to 1/32 and back up to 1/4. All but the last also hand features over to the next."""
 
-    def __init__(self, config: MSPNConfig, *, is_last: bool) -> None:
+    def __init__(self, config: MultiStageConfig, block: type[nn.Module], *, is_last: bool) -> None:
         super().__init__()
         self.is_last = is_last
-        self.downsample = Downsample(config)
+        self.downsample = Downsample(config, block)
         self.upsample = Upsample(config, is_last_stage=is_last)
 
     def forward(self, x: Tensor, skips: Skips | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -142,7 +138,7 @@ class ConvBNReLU(nn.Module):
 class Stem(nn.Module):
     """The first quartering, once for the whole network: [B, 3, H, W] -> [B, stem, H/4, W/4]."""
 
-    def __init__(self, config: MSPNConfig) -> None:
+    def __init__(self, config: MultiStageConfig) -> None:
         super().__init__()
         self.conv = ConvBNReLU(3, config.stem_channels, 7, stride=2)
 
@@ -172,18 +168,18 @@ class Bottleneck(nn.Module):
 class Downsample(nn.Module):
     """ResNet-50's four layers (by default), which also take the previous stage's skips."""
 
-    def __init__(self, config: MSPNConfig) -> None:
+    def __init__(self, config: MultiStageConfig, block: type[nn.Module]) -> None:
         super().__init__()
-        channels, widths, blocks = config.trunk_channels, config.widths, config.blocks
-        self.layer1 = _layer(config.stem_channels, widths[0], num_blocks=blocks[0], stride=1)
-        self.layer2 = _layer(channels[0], widths[1], num_blocks=blocks[1], stride=2)
-        self.layer3 = _layer(channels[1], widths[2], num_blocks=blocks[2], stride=2)
-        self.layer4 = _layer(channels[2], widths[3], num_blocks=blocks[3], stride=2)
+        channels = (config.stem_channels, *config.trunk_channels)
+        for index, (num_blocks, width) in enumerate(zip(config.blocks, config.widths, strict=True)):
+            first = block(channels[index], width, stride=1 if index == 0 else 2, projects=True)
+            rest = [block(channels[index + 1], width, stride=1, projects=False) for _ in range(num_blocks - 1)]
+            self.add_module(f"layer{index + 1}", nn.Sequential(first, *rest))
 
     def forward(self, x: Tensor, skips: Skips | None) -> list[Tensor]:
         """Features of strides 4, 8, 16 and 32. The sum with the skips is what the next layer takes."""
         features = []
-        for index, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4)):
+        for index, layer in enumerate(self.children()):
             x = layer(x)
             if skips is not None:
                 skip1, skip2 = skips[index]
@@ -192,16 +188,10 @@ class Downsample(nn.Module):
         return features
 
 
-def _layer(in_channels: int, width: int, *, num_blocks: int, stride: int) -> nn.Sequential:
-    first = Bottleneck(in_channels, width, stride=stride, projects=True)
-    rest = [Bottleneck(width * EXPANSION, width, stride=1, projects=False) for _ in range(num_blocks - 1)]
-    return nn.Sequential(first, *rest)
-
-
 class UpsampleUnit(nn.Module):
     """One resolution on the way up: merges the coarser unit's output into the trunk's feature; has a head."""
 
-    def __init__(self, level: int, config: MSPNConfig, *, is_last_stage: bool) -> None:
+    def __init__(self, level: int, config: MultiStageConfig, *, is_last_stage: bool) -> None:
         super().__init__()
         channels, in_channels = config.upsample_channels, config.trunk_channels[4 - level]
         self.u_skip = ConvBNReLU(in_channels, channels, 1, relu=False)
@@ -236,7 +226,7 @@ class UpsampleUnit(nn.Module):
 class Upsample(nn.Module):
     """The four units on the way up: up1 at 1/32, up2, up3, and up4 at 1/4."""
 
-    def __init__(self, config: MSPNConfig, *, is_last_stage: bool) -> None:
+    def __init__(self, config: MultiStageConfig, *, is_last_stage: bool) -> None:
         super().__init__()
         self.up1 = UpsampleUnit(1, config, is_last_stage=is_last_stage)
         self.up2 = UpsampleUnit(2, config, is_last_stage=is_last_stage)
@@ -317,24 +307,3 @@ def _torchvision_name(key: str) -> str:
     name = re.sub(r"^top\.conv\.(conv|bn)\.", r"\g<1>1.", name)
     name = re.sub(r"conv_bn_relu(\d)\.(conv|bn)\.", r"\2\1.", name)
     return name.replace("downsample.conv.", "downsample.0.").replace("downsample.bn.", "downsample.1.")
-
-
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str) -> None:
-    """Refuse with DataError, naming each entry, unless both have the same names and shapes.
-
-    Partly loaded weights look like a network and annotate like noise: there is no lenient way.
-    """
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
-                 for name, tensor in expected.items() if name in found and found[name].shape != tensor.shape]
-    problems = [_listed(kind, names) for kind, names in
-                (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)) if names]
-    if problems:
-        raise DataError(f"{source} doesn't hold the network's weights: {'; '.join(problems)}. "
-                        "Nothing was loaded: take the file that belongs to this network.")
-
-
-def _listed(kind: str, names: list[str], *, most: int = 20) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {kind}: {', '.join(names[:most])}{rest}"

@@ -13,21 +13,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.mspn import MSPN, Bottleneck, Stem, UpsampleUnit
+from pipeline.model.network import PoseNetwork
 
 
-def recompute_activations(network: MSPN) -> None:
+def recompute_activations(network: PoseNetwork) -> None:
     """Make a network keep only what goes into its blocks, and compute the rest again in the backward pass; in place.
 
     Outputs, gradients and batch norm statistics are those of the plain network, bit for bit. Names of weights stay, a
     deep copy is such a network too, and without gradients nothing differs.
     """
-    for module in network.modules():
-        if isinstance(module, Stem | Bottleneck):
-            _recompute(module, "forward")
-        if isinstance(module, UpsampleUnit):
-            for method in ("forward", "heatmap", "skips"):
-                _recompute(module, method)
+    for module, methods in network.recomputed():
+        for method in methods:
+            _recompute(module, method)
 
 
 def _recompute(module: nn.Module, method: str) -> None:

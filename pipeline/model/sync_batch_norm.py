@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from pipeline.model.mspn import MSPN, ConvBNReLU
-
 CHANNELWISE = (0, 2, 3)
 
 
-def synchronise_batch_norms(network: MSPN) -> None:
+def synchronise_batch_norms(network: nn.Module) -> None:
     """Make a network's batch norms, in training, take their statistics from all processes; in place.
 
     Parameters and buffers stay the same tensors under the same names, so an optimiser made before goes on with them.
@@ -24,9 +22,9 @@ def synchronise_batch_norms(network: MSPN) -> None:
     if next(network.parameters()).is_cuda:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return
-    for module in network.modules():
-        if isinstance(module, ConvBNReLU):
-            module.bn = _synchronised(module.bn)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, _synchronised(module))
 
 
 def _synchronised(plain: nn.BatchNorm2d) -> "SynchronisedBatchNorm2d":

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.model.settings import GaussianLoss
+
 KERNELS = (15, 11, 9, 7, 5)  # the authors' blur sizes in cells, wide to narrow
 PEAK = 255.0
 STRIDE = 4  # input pixels for each cell of a heatmap
@@ -49,6 +51,33 @@ def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, i
     down = _profiles(height, kernels, peak, joints_xy.device)[:, y].transpose(0, 1)
     down = down * (PEAK * drawn)[:, None, :, None]
     return down[..., :, None] * across[..., None, :]
+
+
+def draw_gaussians(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, int],
+                   shape: GaussianLoss) -> tuple[Tensor, Tensor]:
+    """One target for all heads [B, K, H/4, W/4] float32, 0 to 1, and which joints take part in the loss [B, K].
+
+    joints_xy  [B, K, 2] in input pixels, also outside of the input
+    visible    [B, K]: a joint of 1 or 2 is drawn; one of -1 never takes part
+    shape      how wide, around which cell (a position in the map is the pixel / 4), and what of unlabelled joints:
+               "ignore": they take no part, nor do those whose Gaussian is wholly outside (HRNet's `generate_target`;
+               by one cell at the upper and left border it takes part, with an empty map)
+               "empty": they learn an empty map, as do those whose own cell is outside (the hourglass's)
+    """
+    size = torch.tensor([side // STRIDE for side in input_size_wh], device=joints_xy.device)
+    places = joints_xy / STRIDE
+    cells = (places + 0.5 if shape.center == "nearest" else places).trunc().long()  # towards 0, as theirs do
+    low, high = (-shape.radius - 1, shape.radius) if shape.unlabelled == "ignore" else (0, 0)
+    drawn = (visible >= 1) & ((cells >= low) & (cells < size + high)).all(dim=-1)
+    across, down = (_gaussian_profiles(cells[..., axis], int(size[axis]), shape) for axis in (0, 1))
+    maps = (down * drawn[..., None])[..., :, None] * across[..., None, :]
+    return maps, drawn if shape.unlabelled == "ignore" else visible >= 0
+
+
+def _gaussian_profiles(cells: Tensor, length: int, shape: GaussianLoss) -> Tensor:
+    """[B, K, length] float32: a Gaussian of peak 1 around each cell [B, K], 0 from `radius` on."""
+    away = torch.arange(length, device=cells.device) - cells[..., None]
+    return (-away.square() / (2 * shape.sigma**2)).exp() * (away.abs() <= shape.radius)
 
 
 def gaussian_taps(kernel: int) -> npt.NDArray[np.float64]:

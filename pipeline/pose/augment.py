@@ -101,8 +101,8 @@ class TrainingSample:
 
     crop       uint8 [H, W, 3] BGR
     joints_xy  float32 [K, 2] in crop pixels, zero where visible is 0
-    visible    int8 [K]: -1 a joint that the data don't have, 0 not labelled or outside of the crop, 1 occluded,
-               2 visible
+    visible    int8 [K]: -1 a joint that the data don't have, 0 not labelled or outside of the crop (and its margin, if
+               there is one), 1 occluded, 2 visible
     """
 
     crop: Pixels
@@ -127,11 +127,13 @@ def training_sample(
     augmentation: Augmentation | None,
     padding_wh: tuple[float, float],
     generator: np.random.Generator,
+    margin_px: int = 0,
 ) -> TrainingSample:
     """The sample of one person; keypoints float64 [K, 3] are (x, y, v) in the picture's pixels, v -1 where the data
     don't have the joint at all.
 
     Without augmentation: the region that inference crops, with padding_wh. With it: padding_wh is not used.
+    Joints up to margin_px outside of the crop count as those inside.
     A box without extent is refused with DataError.
     """
     if augmentation is None:
@@ -151,7 +153,7 @@ def training_sample(
             rotation_deg=rotation(augmentation, draws),
             flipped=flipped,
         )
-    joints_xy, visible = _joints_in_crop(keypoints, matrix, input_size_wh)
+    joints_xy, visible = _joints_in_crop(keypoints, matrix, input_size_wh, margin_px)
     if flipped:
         joints_xy, visible = flip_joints(joints_xy, visible, skeleton=skeleton)
     return TrainingSample(crop_person(image_bgr, matrix, input_size_wh), joints_xy, visible)
@@ -273,10 +275,10 @@ def flip_joints(
 
 
 def _joints_in_crop(
-    keypoints: Floats, matrix: Floats, input_size_wh: tuple[int, int]
+    keypoints: Floats, matrix: Floats, input_size_wh: tuple[int, int], margin_px: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int8]]:
     joints_xy = joints_to_crop(keypoints[:, :2], matrix)
     last_pixel = np.array(input_size_wh) - 1
-    inside = ((joints_xy >= 0) & (joints_xy <= last_pixel)).all(axis=1)
+    inside = ((joints_xy >= -margin_px) & (joints_xy <= last_pixel + margin_px)).all(axis=1)
     visible = np.where(inside | (keypoints[:, 2] < 0), keypoints[:, 2], 0).astype(np.int8)
     return np.where(visible[:, None] > 0, joints_xy, 0).astype(np.float32), visible
