@@ -21,7 +21,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise _taken(config.output)
     table, metadata = read_keypoints(config.keypoints, without=NOT_EXPORTED)
     model = " ".join(str(metadata.model[part]) for part in ("name", "version") if metadata.model.get(part))
-    options = ExportOptions(min_score=config.min_score, low_joints=config.low_joints, image_prefix=config.image_prefix,
+    min_score = metadata.low_score if config.min_score is None else config.min_score
+    options = ExportOptions(min_score=min_score, low_joints=config.low_joints, image_prefix=config.image_prefix,
                             empty_pictures=config.empty_pictures, model=model)
     exported = export_keypoints(table, config.to, skeleton=metadata.skeleton, options=options)
     if not storage.put_if_absent(config.output, exported.data):

@@ -6,7 +6,8 @@ Memory doesn't grow with the dataset.
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,6 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureLimits, PictureRefused, decode_picture
 from pipeline.isolation import IsolatedDecoder
 from pipeline.keypoints import KeypointMetadata, KeypointParts, open_keypoints, read_parts
-from pipeline.pose.skeleton import Skeleton
 from pipeline.preview.page import Card, Page, Section, write_page
 from pipeline.preview.pictures import Fetched, decode_checked, fetch_pictures
 from pipeline.preview.strata import BEST, GROUPS, QUARTERS, RANDOM, WORST, Candidate, deal
@@ -29,6 +29,7 @@ from pipeline.rows import OK
 from pipeline.units import total_counts
 
 logger = logging.getLogger("jobs.preview")
+Drawing = Callable[..., drawing.Image]  # `draw_picture` of one dataset
 PAGE, SHEET = "index.html", "contact_sheet.jpg"
 # a section of the page: its name, how its pictures were chosen, from which strata
 SECTIONS = (
@@ -52,7 +53,8 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     chosen, rejected = deal(survey.strata(), config.pictures), survey.rejected()
     rows = _rows(parts, itertools.chain(*chosen.values(), *rejected.values()))
     source = describe_input(config.images) if config.images else parts.metadata.json["input"]
-    cards = _drawn_cards(chosen, rows, source, parts.metadata.skeleton)
+    draw = partial(drawing.draw_picture, skeleton=parts.metadata.skeleton, low_score=parts.metadata.low_score)
+    cards = _drawn_cards(chosen, rows, source, draw)
     refused = _rejected_cards(rejected, rows, source)
     sections = _sections(cards, refused)
     # the page last: what it stands for is whole then
@@ -105,6 +107,7 @@ def _page(metadata: KeypointMetadata, counts: dict[str, Any], survey: Survey, se
         person_scores=survey.person_scores,
         joint_scores=survey.joint_scores,
         persons_per_picture=survey.persons_per_picture,
+        low_score=metadata.low_score,
         score_meaning=" ".join(f"{name.capitalize()} score: {meaning}."
                                for name, meaning in metadata.json.get("scores", {}).items()),
         sections=tuple(sections),
@@ -121,13 +124,13 @@ def _sections(cards: Mapping[str, Sequence[Card]], rejected: Sequence[Card]) -> 
 
 
 def _drawn_cards(chosen: Mapping[str, Sequence[Candidate]], rows: pa.Table, source: Mapping[str, Any],
-                 skeleton: Skeleton) -> dict[str, list[Card]]:
+                 draw: Drawing) -> dict[str, list[Card]]:
     """A card for each chosen picture, by stratum; DataError if there should be pictures, and none could be read."""
     picked = {candidate.key: (label, candidate) for label, own in chosen.items() for candidate in own}
     cards: dict[str, list[Card]] = {label: [] for label in chosen}
     for key, data in fetch_pictures(source, picked):
         label, candidate = picked[key]
-        cards[label].append(_card(label, candidate, data, _rows_of(rows, key), skeleton))
+        cards[label].append(_card(label, candidate, data, _rows_of(rows, key), draw))
     every = [card for own in cards.values() for card in own]
     if every and not any(card.image_bgr is not None for card in every):
         raise DataError(f"none of {len(every)} pictures could be read. The first: {every[0].note} "
@@ -135,7 +138,7 @@ def _drawn_cards(chosen: Mapping[str, Sequence[Candidate]], rows: pa.Table, sour
     return cards
 
 
-def _card(label: str, candidate: Candidate, data: Fetched, rows: pa.Table, skeleton: Skeleton) -> Card:
+def _card(label: str, candidate: Candidate, data: Fetched, rows: pa.Table, draw: Drawing) -> Card:
     """The chosen picture with its persons drawn, or a card that says why it isn't to be had."""
     persons = rows.filter(pc.equal(rows["status"], OK))
     scores = tuple(persons["score"].to_pylist())
@@ -144,7 +147,7 @@ def _card(label: str, candidate: Candidate, data: Fetched, rows: pa.Table, skele
         image = _decoded(data, rows, lambda read: decode_picture(read, PictureLimits()))
     except (PictureRefused, *storage.ABOUT_THE_OBJECT) as error:
         return Card(candidate.key, label, None, scores, chosen, note=str(error))
-    drawn = drawing.draw_picture(image, persons, skeleton, chosen=chosen)
+    drawn = draw(image, persons, chosen=chosen)
     return Card(candidate.key, label, drawn, scores, chosen)
 
 

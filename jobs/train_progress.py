@@ -143,6 +143,6 @@ def _log_validation(worker: Worker, run: tracking.Run, numbers: dict[str, float]
                     pictures: Sequence[ValidatedPicture]) -> None:
     run.log_metrics({f"val_{name}": value for name, value in numbers.items()}, step=worker.iteration)
     some = [picture for picture in pictures if picture.data is not None][:PREVIEWS]
-    sheet = preview_sheet(some, Skeleton.from_json(worker.spec.skeleton))
+    sheet = preview_sheet(some, Skeleton.from_json(worker.spec.skeleton), low_score=worker.spec.decoding.low_score)
     if sheet is not None:
         run.log_picture(f"validation/iteration-{worker.iteration:07d}.jpg", sheet)

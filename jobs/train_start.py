@@ -16,13 +16,12 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.architectures import config_of, make_network
 from pipeline.model.compiling import compile_forward, why_not_compile
-from pipeline.model.decode import Decoding
 from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model
 from pipeline.model.joint_sets import with_joints
 from pipeline.model.mspn import MSPN, load_trunk
 from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.recompute import recompute_activations
-from pipeline.model.settings import ARCHITECTURES, InferenceConfig
+from pipeline.model.settings import ARCHITECTURES, Decoding, InferenceConfig
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
 from pipeline.pose.skeleton import Skeleton

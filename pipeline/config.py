@@ -303,7 +303,8 @@ class ExportConfig(Settings):
     keypoints: str
     to: Literal["coco-results", "coco-annotations", "cvat", "label-studio", "fiftyone", "yolo-pose"]
     output: str
-    min_score: float = Field(0.7, description="joints from this score on are visible, COCO's v = 2")
+    min_score: float | None = Field(None, description="joints from this score on are visible, COCO's v = 2; default: a "
+                                    "fifth of a full peak, 0.7 or 0.2 by the model's scale")
     low_joints: Literal["hidden", "absent"] = Field("hidden", description="the others: v = 1, or left out")
     image_prefix: str | None = Field(None, description="goes before each key where the file names pictures")
     empty_pictures: bool = Field(True, description="name pictures in which nobody was found, too")

@@ -21,8 +21,6 @@ Colour = tuple[int, int, int]
 COLOURS: dict[str, Colour] = {"left": (255, 160, 40), "right": (10, 140, 255), "middle": (235, 240, 235)}
 OUTLINE: Colour = (20, 20, 20)
 WHITE: Colour = (255, 255, 255)
-# a fifth of a full peak on the authors' scale (peak / 255 + 0.5), where most tools stop trusting a joint
-LOW_SCORE = 0.7
 FADED = 0.35  # opacity of what is drawn to a joint with a low score
 SUBPIXEL_BITS = 4  # OpenCV draws at sixteenths of a pixel
 MAX_SIDE = 720  # of the pictures in the page; two cards side by side on a usual screen
@@ -30,17 +28,18 @@ JPEG_QUALITY = 85
 
 
 def draw_picture(image_bgr: Image, persons: pa.Table, skeleton: Skeleton, *,
-                 chosen: int | None = None) -> Image:
+                 low_score: float, chosen: int | None = None) -> Image:
     """The picture, at most 720 px on its longer side, with the persons of these rows drawn on it.
 
     persons  keypoint rows of this picture; each gets its number, the one with person_index `chosen` its box
              and score too
+    low_score  as of `draw_persons`
     """
     smaller, scale = shrunk(image_bgr), _shrinking(image_bgr)
     joints = joint_array(persons, skeleton)
     # pixel centres are at integers, so that the picture's edge is at -0.5
     joints_xy = (joints[..., :2] + 0.5) * scale - 0.5
-    drawn = draw_persons(smaller, joints_xy, joints[..., 2], skeleton)
+    drawn = draw_persons(smaller, joints_xy, joints[..., 2], skeleton, low_score=low_score)
     for xy, row in zip(joints_xy, persons.to_pylist(), strict=True):
         label = str(row["person_index"])
         if row["person_index"] == chosen:
@@ -64,7 +63,7 @@ def _shrinking(image_bgr: Image) -> float:
 
 
 def draw_persons(image_bgr: Image, joints_xy: Array, joint_scores: Array, skeleton: Skeleton, *,
-                 low_score: float = LOW_SCORE) -> Image:
+                 low_score: float) -> Image:
     """A copy of the picture with the skeletons of n persons.
 
     image_bgr uint8 [H, W, 3]; joints_xy [n, K, 2] in its pixels; joint_scores [n, K]. A joint that is NaN is

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import DataError
+from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_table
 from pipeline.units import open_job, part_footers, total_counts
@@ -22,10 +23,8 @@ from pipeline.units import open_job, part_footers, total_counts
 FOLDER = "keypoints"
 BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
 FRAME = "pixels of the stored picture after its EXIF orientation; x right, y down; pixel centres at integers"
-SCORES = {
-    "joint": "value of the averaged heatmap at the joint / 255 + 0.5, about 0.5 to 1.5; not a probability",
-    "person": "box_score times the mean of the joints' scores",
-}
+MEGVII = Decoding()
+PERSON_SCORE = "box_score times the mean of the joints' scores"
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,22 @@ class KeypointMetadata:
     model: dict[str, Any]
     json: dict[str, Any]
 
+    @property
+    def low_score(self) -> float:
+        """Joints with a score below it are hardly to be trusted; datasets that don't say so have the authors' scale."""
+        return float(self.json.get("low_score", MEGVII.low_score))
+
 
 def part_bytes(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, job: str, model: dict[str, Any],
-               detector: dict[str, Any] | None = None) -> bytes:
+               detector: dict[str, Any] | None = None, decoding: Decoding = MEGVII) -> bytes:
     """One unit's Parquet file: its rows, and under the metadata key `pose` everything that is needed to read them.
 
+    decoding  the model's, which says what joints' scores mean
     detector  name and digest of what made the boxes, where it was a detector
     """
     pose = {"version": ROW_VERSION, "counts": count_rows(pictures), "skeleton": skeleton.to_json(),
-            "coordinate_frame": FRAME, "scores": SCORES, "model": model, "job": job,
+            "coordinate_frame": FRAME, "low_score": decoding.low_score,
+            "scores": {"joint": decoding.score_meaning, "person": PERSON_SCORE}, "model": model, "job": job,
             **({"detector": detector} if detector else {})}
     table = keypoint_table(pictures, skeleton, job=job)
     table = table.replace_schema_metadata({"pose": json.dumps(pose, sort_keys=True)})

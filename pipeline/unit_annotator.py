@@ -119,7 +119,7 @@ class UnitAnnotator:
         counts = count_rows(pictures)
         data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
                                     model={**self.job.about["model"], "source": self.predictor.spec.source},
-                                    detector=self.job.about.get("detector"))
+                                    detector=self.job.about.get("detector"), decoding=self.predictor.spec.decoding)
         computed = counts["persons"] - sum(len(picture.boxes.ids) for picture in reused)
         return data, {**counts, "reused": len(reused), "computed": computed}
 

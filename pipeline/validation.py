@@ -60,7 +60,8 @@ def evaluate_pictures(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) 
     return evaluate_keypoints(table, coco_json([picture.truth for picture in pictures], skeleton), skeleton=skeleton)
 
 
-def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) -> npt.NDArray[np.uint8] | None:
+def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton, *,
+                  low_score: float) -> npt.NDArray[np.uint8] | None:
     """Pictures whose bytes were kept, uint8 BGR: left as predicted, right as annotated; None where there is none."""
     drawn = []
     for picture in pictures:
@@ -68,8 +69,9 @@ def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton) -> n
             continue
         image_bgr = decode_picture(picture.data)
         true_xy, true_scores = _true_joints(picture.truth.persons, skeleton)
-        drawn += [draw_persons(image_bgr, picture.predicted.joints_xy, picture.predicted.joint_scores, skeleton),
-                  draw_persons(image_bgr, true_xy, true_scores, skeleton)]
+        drawn += [draw_persons(image_bgr, picture.predicted.joints_xy, picture.predicted.joint_scores, skeleton,
+                               low_score=low_score),
+                  draw_persons(image_bgr, true_xy, true_scores, skeleton, low_score=low_score)]
     return contact_sheet(drawn) if drawn else None
 
 

@@ -22,7 +22,7 @@ def test_a_joints_side_follows_from_its_name(name, side):
 def test_limbs_and_joints_have_the_colour_of_their_side():
     joints_xy = np.array([[[20.0, 50.0], [120.0, 50.0], [160.0, 80.0]]])
 
-    drawn = draw_persons(GREY, joints_xy, np.ones((1, 3)), ARM)
+    drawn = draw_persons(GREY, joints_xy, np.ones((1, 3)), ARM, low_score=0.7)
 
     np.testing.assert_allclose(drawn[50, 70], COLOURS["left"], atol=30)  # the edges of a thin line are smoothed
     np.testing.assert_allclose(drawn[80, 160], COLOURS["right"], atol=30)
@@ -31,7 +31,7 @@ def test_limbs_and_joints_have_the_colour_of_their_side():
 def test_a_joint_with_a_low_score_is_hollow_and_its_limb_faded():
     joints_xy = np.array([[[20.0, 50.0], [120.0, 50.0], [160.0, 80.0]]])
 
-    drawn = draw_persons(GREY, joints_xy, np.array([[1.0, 0.55, 0.55]]), ARM)
+    drawn = draw_persons(GREY, joints_xy, np.array([[1.0, 0.55, 0.55]]), ARM, low_score=0.7)
 
     assert tuple(drawn[80, 160]) == (127, 127, 127)
     blue = int(drawn[50, 70, 0])
@@ -41,7 +41,8 @@ def test_a_joint_with_a_low_score_is_hollow_and_its_limb_faded():
 def test_drawing_leaves_the_picture_as_it_was_and_joints_that_do_not_exist_out():
     image = GREY.copy()
 
-    drawn = draw_persons(image, np.array([[[20.0, 50.0], [np.nan, np.nan], [1e9, 1e9]]]), np.ones((1, 3)), ARM)
+    joints_xy = np.array([[[20.0, 50.0], [np.nan, np.nan], [1e9, 1e9]]])
+    drawn = draw_persons(image, joints_xy, np.ones((1, 3)), ARM, low_score=0.7)
 
     assert (image == GREY).all()
     assert tuple(drawn[50, 20]) == COLOURS["left"]
@@ -49,7 +50,7 @@ def test_drawing_leaves_the_picture_as_it_was_and_joints_that_do_not_exist_out()
 
 
 def test_a_picture_without_persons_is_drawn_as_it_is():
-    drawn = draw_persons(GREY, np.zeros((0, 3, 2)), np.zeros((0, 3)), ARM)
+    drawn = draw_persons(GREY, np.zeros((0, 3, 2)), np.zeros((0, 3)), ARM, low_score=0.7)
     assert (drawn == GREY).all()
 
 
@@ -58,7 +59,7 @@ def test_large_pictures_are_shrunk_and_the_joints_with_them():
     points = [400.0, 400.0, 1.0, 2400.0, 400.0, 1.0, 400.0, 1200.0, 1.0]
     table = keypoint_rows([{"person_index": 0, "score": 1.0, "keypoints": points}], ARM)
 
-    drawn = draw_picture(image, table, ARM)
+    drawn = draw_picture(image, table, ARM, low_score=0.7)
 
     assert drawn.shape == (360, 720, 3)
     assert tuple(drawn[100, 350]) == COLOURS["left"]

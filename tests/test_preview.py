@@ -37,7 +37,7 @@ def page(*cards: Card, **more) -> Page:
         "model": {"name": "mspn", "version": "3", "digest": "0123456789abcdef"},
         "counts": {"pictures": 3, "persons": 2, "no_person": 1, "rejected": 1, "reasons": {"corrupt": 1}},
         "skeleton_name": "arm", "joints": ("left_wrist", "nose"), "joint_scores": histograms(0.5, np.nan),
-        "person_scores": histograms(0.5), "persons_per_picture": {0: 1, 1: 2}, "score_meaning": "",
+        "person_scores": histograms(0.5), "persons_per_picture": {0: 1, 1: 2}, "score_meaning": "", "low_score": 0.7,
         "sections": (Section("By score", "from the lowest on", cards),)}
     return Page(**(values | more))
 

@@ -16,10 +16,11 @@ from jobs.train_worker import _step
 from pipeline import mixture, samples, shards, training
 from pipeline.config import Settings, TrainConfig, load_config
 from pipeline.errors import ConfigError
-from pipeline.model.decode import Decoding
+from pipeline.model.architectures import config_of, make_network
 from pipeline.model.directory import ModelSpec, normalise_crops, save_model
 from pipeline.model.loss import mspn_loss
-from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model.mspn import MSPN
+from pipeline.model.settings import Decoding
 from pipeline.model.targets import draw_targets
 from pipeline.pose.augment import Augmentation, Draws, augmented_region, rotation, sample_generator
 from pipeline.pose.crop import Region
@@ -28,6 +29,7 @@ from tests.test_training import made_shards
 from tests.worlds import TINY
 
 JOBS = Path(train.__file__).parent
+RSN_18, HRNET, HOURGLASS = ["train.yaml", "presets/rsn_18.yaml"], ["train_hrnet.yaml"], ["train_hourglass.yaml"]
 AUTHORS, MMPOSE, MPII = ["train.yaml"], ["train_mmpose.yaml"], ["train.yaml", "presets/mpii.yaml"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,7 +47,9 @@ NETWORKS = [
     *(([*base, f"presets/{preset}.yaml"], 17, parameters) for base in (AUTHORS, MMPOSE) for preset, parameters in (
         ("1_stage", 25_141_708), ("2_stages", 56_867_032), ("3_stages", 88_592_356), ("4_stages", 120_317_680),
         ("4_stages_384x288", 120_317_680))),
-    ([*MPII, "presets/4_stages.yaml"], 16, 120_280_768)]
+    ([*MPII, "presets/4_stages.yaml"], 16, 120_280_768),
+    (RSN_18, 17, 9_159_072), ([*AUTHORS, "presets/rsn_50.yaml"], 17, 19_355_132), (HRNET, 17, 28_536_113),
+    (HOURGLASS, 16, 8_429_088)]
 
 
 @pytest.mark.parametrize(("names", "num_joints", "parameters"), NETWORKS, ids=str)
@@ -54,7 +58,7 @@ def test_every_recipe_and_preset_builds_the_network_that_it_says(
     config = recipe(names)
     schedule_of(config, world=8)
     with torch.device("meta"):
-        network = MSPN(MSPNConfig(num_joints=num_joints, **config.network.model_dump()))
+        network = make_network(config_of(config.network, num_joints=num_joints))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     if len(names) > 1:  # a preset says what it costs
         assert any(f"{parameters:,}" in (JOBS / name).read_text() for name in names)
@@ -65,7 +69,7 @@ def test_no_recipe_or_preset_is_forgotten_here() -> None:
     there = {path.relative_to(JOBS).as_posix() for path in JOBS.rglob("*.yaml")}
     assert there == {name for names, _, _ in NETWORKS for name in names} | small
     for name in small:
-        MSPNConfig(num_joints=17, **recipe([name]).network.model_dump())
+        config_of(recipe([name]).network, num_joints=17)
         schedule_of(recipe([name]), world=2)
 
 
@@ -78,14 +82,22 @@ def test_the_authors_recipe_is_what_no_recipe_gives() -> None:
     assert recipe(AUTHORS, workers="auto") == recipe([])
 
 
-@pytest.mark.parametrize("names", [AUTHORS, MMPOSE], ids=str)
+@pytest.mark.parametrize("names", [AUTHORS, MMPOSE, HRNET, HOURGLASS], ids=str)
 def test_a_recipe_names_every_setting_of_its_groups(names: list[str]) -> None:
-    written = yaml.safe_load((JOBS / names[0]).read_text())
+    written, read = yaml.safe_load((JOBS / names[0]).read_text()), recipe(names)
     elsewhere = ("tracking", "promotion")  # nothing in them can change the model
-    groups = {name: about.annotation for name, about in TrainConfig.model_fields.items() if name not in elsewhere
-              and isinstance(about.annotation, type) and issubclass(about.annotation, Settings)}
+    groups = {name: value for name in TrainConfig.model_fields if name not in elsewhere
+              and isinstance(value := getattr(read, name), Settings)}
+    assert len(groups) == 5
     assert {name: sorted(written[name]) for name in groups} == {
-        name: sorted(group.model_fields) for name, group in groups.items()}
+        name: sorted(type(group).model_fields) for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("names", [RSN_18, HRNET, HOURGLASS], ids=str)
+def test_a_network_is_taught_and_used_as_its_recipe_says_without_the_recipe_too(names: list[str]) -> None:
+    read = recipe(names)
+    bare = recipe([], network={"architecture": read.network.architecture})
+    assert (bare.network, bare.loss, bare.inference) == (read.network, read.loss, read.inference)
 
 
 def test_the_two_recipes_differ_where_the_documentation_says() -> None:

@@ -355,7 +355,7 @@ class AveragedRun:
     def train(self, iterations: int) -> None:
         for _ in range(iterations):
             training.train_step(self.network, self.optimiser, random_batch(), iteration=1, rate=1e-3, spec=SPEC,
-                                ohkm_joints=8, occluded="suppress", clip_norm=10.0, accumulate=2)
+                                clip_norm=10.0, accumulate=2)
             self.average.update(self.network)
 
     def state(self) -> bytes:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.model.decode import Decoding
 from pipeline.model.directory import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, ModelSpec, build_network
 from pipeline.model.mspn import MSPN, MSPNConfig
 from pipeline.model.network import PoseNetwork, check_tensors
+from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
 
 # `mspn50_coco_256x192-8fbfb5d0_20201123.pth`: published names carry the first digits of the file's SHA-256.

@@ -10,34 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.model.settings import BlurKernel, DecodingVariant
+from pipeline.model.settings import Decoding
 from pipeline.model.targets import PEAK, gaussian_taps
-from pipeline.settings import Settings
 
 AROUND = 10  # cells of zeros that the authors put around a map before they blur it
 QUARTER = 0.25  # of a cell, towards the second peak (Newell et al. 2016, sec. 3.1)
 BASE_SCORE = 0.5  # the authors' joint score is 0.5 for an empty map, 1.5 for a full peak
 SAME_PEAK = 1e-3  # cells: peaks nearer than this give no direction
-_RAW = "the heatmap's maximum: about 0 where the joint isn't seen, 1 for a full peak"
-SCORES = {"official": "the heatmap's value / 255 + 0.5: 0.5 for an empty map, 1.5 for a full peak",
-          "hrnet": _RAW, "hourglass": _RAW}
-
-
-class Decoding(Settings):
-    """How heatmaps become joints: whose way, and the size of the blur, for the ways that have one (MPII: 9)."""
-
-    variant: DecodingVariant = "official"
-    blur_kernel: BlurKernel = 5
-
-    @property
-    def flip_shift(self) -> int:
-        """Cells by which the mirror image's maps go to the right before they are averaged (HRNet's SHIFT_HEATMAP)."""
-        return 1 if self.variant == "hrnet" else 0
-
-    @property
-    def score_meaning(self) -> str:
-        """What a joint's score is, in words, for whoever reads it."""
-        return SCORES.get(self.variant, SCORES["official"])
 
 
 def flip_average(heatmaps: Tensor, flipped: Tensor, flip_order: Sequence[int], *, shift: int = 0) -> Tensor:

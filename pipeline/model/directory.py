@@ -29,9 +29,8 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.model.architectures import NETWORKS, make_network
-from pipeline.model.decode import Decoding
 from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
-from pipeline.model.settings import ARCHITECTURES, DEFAULT, AnyLoss
+from pipeline.model.settings import ARCHITECTURES, DEFAULT, AnyLoss, Decoding
 from pipeline.pose.skeleton import Skeleton
 from pipeline.settings import Positive
 

@@ -176,9 +176,33 @@ def odd(size: int) -> int:
     return size
 
 
+MEGVII_SCORE = "value of the averaged heatmap at the joint / 255 + 0.5, about 0.5 to 1.5; not a probability"
+RAW_SCORE = "maximum of the averaged heatmap, about 0 to 1; not a probability"
 DecodingVariant = Literal["official", "mmpose", "hrnet", "hourglass"]
 # from 21 on, the authors' border of 10 cells would mirror the map itself
 BlurKernel = Annotated[int, Field(ge=1, le=19), AfterValidator(odd)]
+
+
+class Decoding(Settings):
+    """How heatmaps become joints: whose way, and the size of the blur, for the ways that have one (MPII: 9)."""
+
+    variant: DecodingVariant = "official"
+    blur_kernel: BlurKernel = 5
+
+    @property
+    def flip_shift(self) -> int:
+        """Cells by which the mirror image's maps go to the right before they are averaged (HRNet's SHIFT_HEATMAP)."""
+        return 1 if self.variant == "hrnet" else 0
+
+    @property
+    def low_score(self) -> float:
+        """A fifth of a full peak on this way's scale, where most tools stop trusting a joint."""
+        return 0.7 if self.variant in ("official", "mmpose") else 0.2
+
+    @property
+    def score_meaning(self) -> str:
+        """What a joint's score is, for people."""
+        return RAW_SCORE if self.variant in ("hrnet", "hourglass") else MEGVII_SCORE
 
 
 class InferenceConfig(Settings):

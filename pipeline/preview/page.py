@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from pipeline.drawing import COLOURS, LOW_SCORE, Image, jpeg_bytes
+from pipeline.drawing import COLOURS, Image, jpeg_bytes
 from pipeline.preview import panels
 from pipeline.preview.histogram import ScoreHistograms
 from pipeline.preview.style import CSS
@@ -57,6 +57,7 @@ class Page:
     counts               pictures, persons, ok, no_person, rejected, reasons
     joints               their names, in the order of `joint_scores`
     persons_per_picture  number of persons -> how many pictures have so many
+    low_score            a joint with less is low
     """
 
     model: dict[str, Any]
@@ -67,6 +68,7 @@ class Page:
     joint_scores: ScoreHistograms
     persons_per_picture: Mapping[int, int]
     score_meaning: str
+    low_score: float
     sections: tuple[Section, ...]
 
 
@@ -90,7 +92,7 @@ def write_page(page: Page) -> str:
 {panels.persons_per_picture(page.persons_per_picture)}
 {panels.reasons(page.counts.get("reasons", {}))}
 </div>
-{panels.joint_scores(page.joints, page.joint_scores)}
+{panels.joint_scores(page.joints, page.joint_scores, page.low_score)}
 {"".join(_section(number, section) for number, section in enumerate(page.sections) if section.cards)}
 </main>
 </body>
@@ -113,7 +115,7 @@ def _header(page: Page) -> str:
     return f"""<h1>{escape(_model_name(page.model))}</h1>
 <p class="quiet">skeleton {escape(page.skeleton_name)} · model digest
 <code title="{escape(digest)}">{escape(digest[:12])}</code></p>
-<p class="legend quiet">{swatches}<span>hollow and faded: joint score below {LOW_SCORE}</span>
+<p class="legend quiet">{swatches}<span>hollow and faded: joint score below {page.low_score}</span>
 <span>box: the person on whose account the picture is here</span>
 <span>click a picture, or press Space on it, to enlarge it</span></p>
 <nav aria-label="pictures">{links}</nav>"""

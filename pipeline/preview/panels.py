@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.drawing import LOW_SCORE
 from pipeline.images import REASONS
 from pipeline.preview.histogram import Bins, ScoreHistograms
 
@@ -60,14 +59,14 @@ def reasons(counts: Mapping[str, int]) -> str:
 {_bars(ordered, kind=" bad", meanings={reason: meaning for reason, (meaning, _) in REASONS.items()})}</section>"""
 
 
-def joint_scores(names: Sequence[str], scores: ScoreHistograms) -> str:
+def joint_scores(names: Sequence[str], scores: ScoreHistograms, low_score: float) -> str:
     """A small histogram of each joint's scores, its mean, and the share that is low."""
-    bins, means, low = scores.bins(), scores.means(), scores.share_below(LOW_SCORE)
+    bins, means, low = scores.bins(), scores.means(), scores.share_below(low_score)
     cells = "".join(f"<div><p><b>{escape(name)}</b>{_joint_numbers(means[joint], low[joint])}</p>"
-                    f"{_histogram(bins, joint, f'histogram of the scores of {name}', line=LOW_SCORE)}</div>"
+                    f"{_histogram(bins, joint, f'histogram of the scores of {name}', line=low_score)}</div>"
                     for joint, name in enumerate(names))
     return f"""<section class="panel"><h3>Scores of each joint</h3><div class="joints">{cells}</div>
-<p class="quiet small">Each from {bins.low:.2f} to {bins.high:.2f}, all persons; the line is at {LOW_SCORE}, below which
+<p class="quiet small">Each from {bins.low:.2f} to {bins.high:.2f}, all persons; the line is at {low_score}, below which
 a joint counts as low. Beside the name: the mean, and the share of low scores.</p></section>"""
 
 
