@@ -1,5 +1,6 @@
 """Decoding, held against the authors' answers, hand arithmetic, and a slow second reading of each definition."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.model.decode import Decoding, decode_heatmaps, flip_average
+from pipeline.model.decode import decode_heatmaps, flip_average
+from pipeline.model.settings import ARCHITECTURES, Decoding
+from pipeline.model.targets import draw_gaussians
 from pipeline.pose.crop import joints_to_image
 from pipeline.pose.skeleton import COCO17
 
@@ -214,3 +217,67 @@ def test_a_gpu_decodes_as_the_cpu_does(excerpt: dict[str, np.ndarray], decoding:
     for ours, theirs in zip(decode_heatmaps(maps.cuda(), SIZE, decoding=decoding),
                             decode_heatmaps(maps, SIZE, decoding=decoding), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-4)
+
+
+# --- HRNet's way, and the hourglass's -----------------------------------------------------------------------------
+
+HRNET, HOURGLASS = Decoding(variant="hrnet", blur_kernel=1), Decoding(variant="hourglass", blur_kernel=1)
+
+
+def hrnet_by_loop(heatmap: np.ndarray) -> tuple[list[float], float]:
+    """`get_final_preds` for one map, as it is described: cells and score."""
+    height, width = heatmap.shape
+    y, x = divmod(int(heatmap.argmax()), width)
+    score = heatmap[y, x]
+    if score <= 0:
+        return [0.0, 0.0], score
+    offset = [0.0, 0.0]
+    if 1 < x < width - 1 and 1 < y < height - 1:
+        offset = [0.25 * np.sign(heatmap[y, x + 1] - heatmap[y, x - 1]),
+                  0.25 * np.sign(heatmap[y + 1, x] - heatmap[y - 1, x])]
+    return [x + offset[0], y + offset[1]], score
+
+
+def hourglass_by_loop(heatmap: np.ndarray) -> tuple[list[float], float]:
+    """`HeatmapParser` for one map, as it is described: cells and score."""
+    height, width = heatmap.shape
+    heatmap = np.minimum(heatmap, 1)
+    y, x = divmod(int(heatmap.argmax()), width)
+    if heatmap[y, x] <= 0:
+        return [0.0, 0.0], 0.0
+    right, left = heatmap[y, min(x + 1, width - 1)], heatmap[y, max(x - 1, 0)]
+    below, above = heatmap[min(y + 1, height - 1), x], heatmap[max(y - 1, 0), x]
+    return [x + (0.25 if right > left else -0.25) + 0.5, y + (0.25 if below > above else -0.25) + 0.5], heatmap[y, x]
+
+
+@pytest.mark.parametrize(("decoding", "by_loop"), [(HRNET, hrnet_by_loop), (HOURGLASS, hourglass_by_loop)])
+def test_every_peak_is_found_as_a_loop_finds_it(decoding: Decoding, by_loop: Callable[..., object]) -> None:
+    draws = np.random.RandomState(5)
+    maps = draws.uniform(-0.5, 1.3, (200, 6, 8, 7)).astype(np.float32).round(1)  # ties, at the border and inside
+    maps[0], maps[1] = 0, -1
+    joints, scores = decode_heatmaps(torch.from_numpy(maps), (28, 32), decoding=decoding)
+    for person, joint in np.ndindex(200, 6):
+        cells, score = by_loop(maps[person, joint])
+        assert (joints[person, joint] / 4).tolist() == cells, (person, joint)
+        assert scores[person, joint].item() == pytest.approx(score, abs=1e-7)
+
+
+def test_a_peak_at_the_middle_of_a_gaussian_is_its_joint_to_half_a_cell() -> None:
+    joints = torch.tensor([[[24.0, 40.0], [26.5, 41.0], [33.0, 47.9]]])
+    for name, decoding, off in (("hrnet", HRNET, 2.0), ("hourglass", HOURGLASS, 3.0)):
+        maps, _ = draw_gaussians(joints, torch.full((1, 3), 2), (64, 96), ARCHITECTURES[name].loss)
+        assert (decode_heatmaps(maps, (64, 96), decoding=decoding)[0] - joints).abs().max() <= off
+
+
+def test_hrnets_mirrored_maps_go_one_cell_to_the_right_and_the_first_column_stays() -> None:
+    maps = torch.arange(5.0).expand(1, 1, 2, 5)
+    back = flip_average(torch.zeros_like(maps), maps, (0,), shift=HRNET.flip_shift) * 2
+    assert back[0, 0, 0].tolist() == [4, 4, 3, 2, 1]  # mirrored back: 4 3 2 1 0
+    assert HOURGLASS.flip_shift == OFFICIAL.flip_shift == MMPOSE.flip_shift == 0
+
+
+def test_the_threshold_for_low_scores_is_a_fifth_of_a_full_peak_on_each_scale() -> None:
+    full = {OFFICIAL: 255.0, MMPOSE: 255.0, HRNET: 1.0, HOURGLASS: 1.0}
+    for decoding, peak in full.items():
+        maps = one_map({(4, 4): peak / 5})
+        assert decoded(maps, decoding)[1] == pytest.approx(decoding.low_score, abs=1e-6)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.model.loss import coarse_loss, hard_joints_loss, mspn_loss
+from pipeline.model.loss import coarse_loss, hard_joints_loss, mspn_loss, taught_loss
+from pipeline.model.settings import ARCHITECTURES, CoarseToFineLoss, GaussianLoss
+from pipeline.model.targets import draw_gaussians, draw_targets
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,40 @@ def test_half_precision_heatmaps_are_compared_in_float32() -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == 455**2  # 207025, which float16 can't hold
     assert torch.isfinite(heatmaps.grad).all()
+
+
+# --- one Gaussian for all heads -----------------------------------------------------------------------------------
+
+
+def test_a_gaussians_loss_is_hrnets_mean_over_all_joints_times_a_half() -> None:
+    draws = np.random.RandomState(4)
+    heatmaps, joints = draws.uniform(-1, 2, (3, 5, 24, 16)), draws.uniform(0, 63, (3, 5, 2))
+    visible = np.array([[2, 1, 0, 2, -1], [0, 0, 0, 0, 0], [1, 2, 2, 1, 2]])
+    loss = GaussianLoss()
+    targets, _ = draw_gaussians(torch.from_numpy(joints), torch.from_numpy(visible), (64, 96), loss)
+    found = taught_loss([[torch.from_numpy(heatmaps)]], torch.from_numpy(joints), torch.from_numpy(visible), (64, 96),
+                        loss)
+    weight = (visible > 0)[..., None, None]
+    per_joint = [0.5 * np.mean((heatmaps[:, k] * weight[:, k] - targets.numpy()[:, k] * weight[:, k]) ** 2)
+                 for k in range(5)]
+    assert found.total.item() == pytest.approx(np.mean(per_joint), rel=1e-12)
+    assert found.heads.shape == (1, 1)
+
+
+def test_stacks_are_averaged_and_joints_without_a_label_learn_emptiness_as_the_hourglass_has_it() -> None:
+    loss = ARCHITECTURES["hourglass"].loss
+    ones = [[torch.ones(2, 3, 16, 16)], [torch.full((2, 3, 16, 16), 3.0)]]
+    nobody, absent = torch.zeros(2, 3), torch.full((2, 3), -1)
+    joints = torch.zeros(2, 3, 2)
+    terms = taught_loss(ones, joints, nobody, (64, 64), loss)
+    assert terms.heads.flatten().tolist() == [1 / 2, 9 / 2]  # mean squares of stacks, halved by their mean
+    assert taught_loss(ones, joints, absent, (64, 64), loss).total == 0
+
+
+def test_each_kind_of_loss_draws_its_own_targets() -> None:
+    heads = [[torch.zeros(1, 9, 16, 16)] * 4]
+    joints, visible = torch.full((1, 9, 2), 30.0), torch.full((1, 9), 2)
+    coarse = taught_loss(heads, joints, visible, (64, 64), CoarseToFineLoss(ohkm_joints=4))
+    targets = draw_targets(joints, visible, (64, 64))
+    assert torch.equal(coarse.heads, mspn_loss(heads, targets, visible, ohkm_joints=4).heads)
+    assert taught_loss(heads, joints, visible, (64, 64), GaussianLoss()).total < coarse.total / 1000

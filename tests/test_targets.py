@@ -1,5 +1,6 @@
 """Targets, held against the authors' maps and OpenCV's own blur (tests/golden/README.md)."""
 
+import itertools
 from pathlib import Path
 
 import cv2
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.targets import KERNELS, TargetPeak, draw_targets, gaussian_taps
+from pipeline.model.settings import ARCHITECTURES, GaussianLoss
+from pipeline.model.targets import KERNELS, TargetPeak, draw_gaussians, draw_targets, gaussian_taps
 
 SIZE = (192, 256)
 
@@ -113,3 +115,51 @@ def test_a_gpu_draws_what_the_cpu_draws(golden: dict[str, np.ndarray]) -> None:
     targets = draw_targets(joints.cuda(), visible[..., 0].cuda(), SIZE)
     assert targets.is_cuda
     torch.testing.assert_close(targets.cpu(), draw_targets(joints, visible[..., 0], SIZE), rtol=0, atol=1e-4)
+
+
+# --- one Gaussian for all heads -----------------------------------------------------------------------------------
+
+HRNET, HOURGLASS = (ARCHITECTURES[name].loss for name in ("hrnet", "hourglass"))
+PLACES = [*itertools.product((-40.0, -29.9, -26.1, -5.9, -1.0, 0.0, 1.9, 2.0, 47.3, 61.9, 62.0, 87.9, 90.0), repeat=2)]
+
+
+def by_loop(x: float, y: float, visible: int, shape: GaussianLoss, *, width: int,
+            height: int) -> tuple[np.ndarray, bool]:
+    """One joint's map and whether it counts, cell by cell, as the authors' dataset classes are described."""
+    half = 0.5 if shape.center == "nearest" else 0.0
+    mu_x, mu_y = int(x / 4 + half), int(y / 4 + half)
+    r, target = shape.radius, np.zeros((height, width))
+    if shape.unlabelled == "ignore":  # HRNet's generate_target
+        drawn = visible > 0 and not (mu_x - r >= width or mu_y - r >= height or mu_x + r + 1 < 0 or mu_y + r + 1 < 0)
+    else:  # the hourglass's GenerateHeatmap
+        drawn = visible > 0 and 0 <= mu_x < width and 0 <= mu_y < height
+    for j, i in itertools.product(range(height), range(width)) if drawn else ():
+        if abs(i - mu_x) <= r and abs(j - mu_y) <= r:
+            target[j, i] = np.exp(-((i - mu_x) ** 2 + (j - mu_y) ** 2) / (2 * shape.sigma**2))
+    return target, drawn if shape.unlabelled == "ignore" else visible >= 0
+
+
+@pytest.mark.parametrize("shape", [HRNET, HOURGLASS, GaussianLoss(sigma=3, radius=9)], ids=str)
+def test_gaussians_are_those_of_a_loop_over_cells_also_beyond_the_border(shape: GaussianLoss) -> None:
+    joints, visible = torch.tensor([PLACES] * 4), torch.arange(-1, 3)[:, None].expand(4, len(PLACES))
+    maps, counted = draw_gaussians(joints, visible, (64, 96), shape)
+    assert maps.dtype == torch.float32
+    for person, joint in itertools.product(range(4), range(len(PLACES))):
+        target, counts = by_loop(*PLACES[joint], int(visible[person, joint]), shape, width=16, height=24)
+        np.testing.assert_allclose(maps[person, joint], target, rtol=1e-5, atol=1e-7)
+        assert counted[person, joint] == counts, PLACES[joint]
+
+
+def test_a_peak_is_1_in_the_nearest_cell_or_in_the_one_that_holds_the_joint() -> None:
+    joints, visible = torch.tensor([[[30.0, 50.0]]]), torch.tensor([[2]])
+    [nearest, held] = [draw_gaussians(joints, visible, (64, 96), shape)[0][0, 0] for shape in (HRNET, HOURGLASS)]
+    assert (nearest[13, 8], held[12, 7]) == (1, 1)  # 30 / 4 = 7.5, 50 / 4 = 12.5
+    assert (nearest == 1).sum() == (held == 1).sum() == 1
+    assert ((nearest > 0).sum(), (held > 0).sum()) == (13 * 13, 9 * 9)
+
+
+def test_samples_keep_joints_as_far_outside_as_their_gaussian_reaches() -> None:
+    for x in np.arange(-60, 60, 0.5):  # the joint that is furthest outside, and still counts, is within the margin
+        counted = draw_gaussians(torch.tensor([[[x, 30.0]]]), torch.tensor([[2]]), (64, 96), HRNET)[1]
+        assert not counted or x >= -HRNET.margin_px
+    assert (HOURGLASS.margin_px, ARCHITECTURES["mspn"].loss.margin_px) == (0, 0)

@@ -154,7 +154,7 @@ class GaussianLoss(Settings):
     @property
     def margin_px(self) -> int:
         """How far outside of the crop a joint is taught: while its Gaussian, in cells of 4 pixels, reaches in."""
-        return 4 * (self.radius + 2) if self.unlabelled == "ignore" else 0
+        return 4 * (self.radius + 2) + 2 if self.unlabelled == "ignore" else 0
 
 
 def _kind_of(value: Any) -> Any:
