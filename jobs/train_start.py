@@ -16,15 +16,14 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.architectures import config_of, make_network
 from pipeline.model.compiling import compile_forward, why_not_compile
-from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model
+from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model, spec_of_use
 from pipeline.model.joint_sets import with_joints
 from pipeline.model.mspn import MSPN, load_trunk
 from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.recompute import recompute_activations
-from pipeline.model.settings import ARCHITECTURES, Decoding, InferenceConfig
+from pipeline.model.settings import ARCHITECTURES, InferenceConfig
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
-from pipeline.pose.skeleton import Skeleton
 
 logger = logging.getLogger("jobs.train")
 GIVE_RESNET = "Give a ResNet-50's state dict with torchvision's names."
@@ -101,7 +100,7 @@ def new_network(task: TrainTask) -> tuple[PoseNetwork, ModelSpec]:
             raise ConfigError(f"trunk is for MSPN, whose trunks are ResNets; {asked.architecture} begins untrained, or "
                               "from a model (init).")
         load_trunk(network, _trunk_weights(config.trunk), colour=config.inference.colour)
-    return network, spec_of(config, asked, skeleton)
+    return network, spec_of_use(asked, skeleton, config.inference, config.loss)
 
 
 def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
@@ -116,17 +115,6 @@ def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise DataError(f"trunk {uri} is no state dict. {GIVE_RESNET}")
     return weights
-
-
-def spec_of(config: TrainConfig, network: NetworkConfig, skeleton: Skeleton) -> ModelSpec:
-    """What model.json will say of a model that begins untrained: how it sees a person, and is decoded, is settings."""
-    inference = config.inference
-    mean, std = NORMALISATIONS[inference.normalisation]
-    if inference.colour == "BGR":
-        mean, std = mean[::-1], std[::-1]
-    return ModelSpec(network=network, skeleton=skeleton.to_json(), colour=inference.colour, mean=mean, std=std,
-                     box_padding_wh=inference.box_padding_wh, loss=config.loss,
-                     decoding=Decoding(variant=inference.decoding, blur_kernel=inference.blur_kernel))
 
 
 def _initial_model(task: TrainTask, asked: NetworkConfig) -> tuple[PoseNetwork, ModelSpec]:

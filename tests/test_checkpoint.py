@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.model.checkpoint import mmpose_name, read_checkpoint
-from pipeline.model.decode import Decoding
+from pipeline.model.checkpoint import read_checkpoint
+from pipeline.model.layouts import mmpose_name
 from pipeline.model.mspn import MSPNConfig
+from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
 from tests.published import GOLDEN, Keys, made_images, made_weights, narrow, publish, published_keys
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -30,7 +31,15 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.model.architectures import NETWORKS, make_network
 from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
-from pipeline.model.settings import ARCHITECTURES, DEFAULT, AnyLoss, Decoding
+from pipeline.model.settings import (
+    ARCHITECTURES,
+    DEFAULT,
+    AnyLoss,
+    CoarseToFineLoss,
+    Decoding,
+    GaussianLoss,
+    InferenceConfig,
+)
 from pipeline.pose.skeleton import Skeleton
 from pipeline.settings import Positive
 
@@ -113,6 +122,17 @@ class ModelSpec(BaseModel):
         if num_joints != self.network.num_joints:
             raise ValueError(f"the skeleton has {num_joints} joints, the network {self.network.num_joints}")
         return self
+
+
+def spec_of_use(network: NetworkConfig, skeleton: Skeleton, inference: InferenceConfig,
+                loss: CoarseToFineLoss | GaussianLoss, *, source: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
+    """What model.json will say of a network that is taught and used so."""
+    mean, std = NORMALISATIONS[inference.normalisation]
+    if inference.colour == "BGR":
+        mean, std = mean[::-1], std[::-1]
+    return ModelSpec(network=network, skeleton=skeleton.to_json(), colour=inference.colour, mean=mean, std=std,
+                     box_padding_wh=inference.box_padding_wh, loss=loss, source=dict(source),
+                     decoding=Decoding(variant=inference.decoding, blur_kernel=inference.blur_kernel))
 
 
 def save_model(directory: Path, network: PoseNetwork, spec: ModelSpec) -> None:
