@@ -1,5 +1,7 @@
 """Stacked Hourglass, held against the authors' answers for the same weights (tests/golden/README.md) and counts."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.model.hourglass import HourglassConfig, Residual, StackedHourglass
+from pipeline.model.recompute import recompute_activations
 from tests.networks import assert_rounded, drawn, folded, gmacs, keys_of
 from tests.published import GOLDEN, made_weights, published_keys
 
@@ -112,6 +115,16 @@ def test_all_residuals_may_be_recomputed() -> None:
     blocks = list(on_meta(8).recomputed())
     assert len(blocks) == 3 + 8 * (4 * 3 + 1 + 1)
     assert {methods for _, methods in blocks} == {("forward",)}
+
+
+def test_recomputing_activations_changes_no_gradient() -> None:
+    kept, images = tiny().train(), torch.randn(2, 3, 32, 32)
+    recomputed = copy.deepcopy(kept)
+    recompute_activations(recomputed)
+    for network in (kept, recomputed):
+        sum(heatmaps.square().sum() for [heatmaps] in network(images)).backward()
+    for one, other in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)
 
 
 def test_every_parameter_that_wants_a_gradient_gets_one_and_idle_ones_want_none() -> None:
