@@ -103,7 +103,7 @@ def _copy(read: Callable[[int], bytes], write: Callable[[bytes], Any], place: st
     while block := read(BLOCK_BYTES):
         received += len(block)
         if received > max_bytes:
-            raise DataError(f"{place} is larger than {max_bytes} bytes, which no checkpoint of MSPN is. "
+            raise DataError(f"{place} is larger than {max_bytes} bytes, which no checkpoint of these networks is. "
                             "Correct the address.")
         if time.monotonic() > deadline:
             raise TimeoutError(f"{received} bytes came before the time was up")

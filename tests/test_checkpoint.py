@@ -181,8 +181,8 @@ def test_bytes_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"a": 1}}, {"weights": "none"}, torch.zeros(3), {}])
-def test_a_file_without_an_mspn_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
-    with pytest.raises(DataError, match="Give a checkpoint of MSPN"):
+def test_a_file_without_the_state_dict_of_a_known_network_is_refused(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(DataError, match="Give a checkpoint of"):
         read_checkpoint(saved(tmp_path, content))
 
 

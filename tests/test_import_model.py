@@ -78,7 +78,7 @@ def test_a_file_becomes_a_model_directory(folder: Path, tmp_path: Path, layout: 
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     assert result == {
         "output": str(tmp_path / "model"), "model_digest": model_digest(tmp_path / "model"), "written": True,
-        "registered": None, "num_stages": 1, "skeleton": "coco17", "source": spec.source}
+        "registered": None, "architecture": "mspn", "num_stages": 1, "skeleton": "coco17", "source": spec.source}
     assert spec.source["checkpoint"] == path.name
 
 

@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, *, skeleton: Skeleton | None = None,
     tensors = _read_tensors(path)
     layout = find_layout(tensors, str(path))
     seen = seen_settings(tensors, layout)
-    skeleton, usual_wh = _skeleton(seen.pop("num_joints"), skeleton, path)
+    skeleton, usual_wh = _skeleton(seen.pop("num_joints", None), seen.pop("finest"), skeleton, path)
     config = NETWORKS[layout.architecture].config(
         num_joints=skeleton.num_joints, input_size_wh=input_size_wh or _size_in_name(path) or usual_wh, **seen)
     network = build_network(config, _our_weights(tensors, layout, config, path), source=str(path))
@@ -130,10 +130,12 @@ def _our_weights(tensors: Mapping[str, Tensor], layout: Layout, config: NetworkC
     return {name: tensors[there] if there else torch.zeros(ours[name].shape) for name, there in names.items()}
 
 
-def _skeleton(num_joints: int | None, given: Skeleton | None, path: Path) -> tuple[Skeleton, tuple[int, int]]:
+def _skeleton(num_joints: int | None, finest: str, given: Skeleton | None,
+              path: Path) -> tuple[Skeleton, tuple[int, int]]:
     """The joints' names, and the usual input size."""
     if num_joints is None:
-        raise DataError(f"{path}: the last heatmaps' weights are missing: it isn't a whole network. Download it again.")
+        raise DataError(f"{path}: {finest}, the last heatmaps' weights, is missing: it isn't a whole network. "
+                        "Download it again.")
     if given is None:
         if num_joints not in SKELETONS:
             raise DataError(f"{path} has {num_joints} joints, which is neither COCO's 17 nor MPII's 16: "

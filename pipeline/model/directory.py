@@ -125,7 +125,8 @@ class ModelSpec(BaseModel):
 
 
 def spec_of_use(network: NetworkConfig, skeleton: Skeleton, inference: InferenceConfig,
-                loss: CoarseToFineLoss | GaussianLoss, *, source: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
+                loss: CoarseToFineLoss | GaussianLoss, *,
+                source: Mapping[str, Any] = MappingProxyType({})) -> ModelSpec:
     """What model.json will say of a network that is taught and used so."""
     mean, std = NORMALISATIONS[inference.normalisation]
     if inference.colour == "BGR":

@@ -56,9 +56,9 @@ def find_layout(names: Iterable[str], source: str) -> Layout:
         return _hrnet_layout(by_mmpose, old=any_begins("keypoint_head."))
     if any_begins("hgs."):
         return _official("hourglass")
-    raise DataError(f"{source} is of no network that this program knows: MSPN or RSN (names like stage0..., or MMPose's "
-                    f"backbone.multi_stage_mspn...), HRNet (transition1...), Stacked Hourglass (hgs...). Its names begin "
-                    f"with {names[:3]}. Give a checkpoint of one of these.")
+    raise DataError(f"{source} is of no network that this program knows: MSPN or RSN (names like stage0..., or "
+                    f"MMPose's backbone.multi_stage_mspn...), HRNet (transition1...), Stacked Hourglass (hgs...). Its "
+                    f"names begin with {names[:3]}. Give a checkpoint of one of these.")
 
 
 def _official(architecture: str) -> Layout:
@@ -106,8 +106,9 @@ def _mmpose_head(match: re.Match[str], *, head: str) -> str:
 
 
 def seen_settings(tensors: Tensors, layout: Layout) -> dict[str, Any]:
-    """The network's settings, as far as entries and shapes tell them, and `num_joints`, None where its entry is missing.
+    """The network's settings with its joints, as far as entries and shapes tell them.
 
+    `finest`: the entry (by its name in the file) whose first size is the joints; without it there is no `num_joints`.
     What can't be seen of a damaged file is left out: the defaults then tell what is missing.
     """
     def size(name: str, dimension: int = 0) -> int | None:
@@ -115,7 +116,8 @@ def seen_settings(tensors: Tensors, layout: Layout) -> dict[str, Any]:
         return tensor.shape[dimension] if tensor is not None and tensor.ndim > dimension else None
 
     seen = SEERS[layout.architecture](list(tensors), size)
-    return {name: value for name, value in seen.items() if name == "num_joints" or _whole(value)}
+    seen |= {"num_joints": size(seen["finest"]), "finest": layout.name_in_file(seen["finest"])}
+    return {name: value for name, value in seen.items() if _whole(value)}
 
 
 def _whole(value: Any) -> bool:
@@ -133,7 +135,7 @@ def _see_multi_stage(names: list[str], size: Size) -> dict[str, Any]:
     first = "stage0.downsample.layer{}.0."
     is_rsn = any("conv_bn_relu2_1_1." in name for name in names)  # its blocks' last convolution is as wide as they are
     width = first + ("conv_bn_relu3" if is_rsn else "conv_bn_relu1") + ".conv.weight"
-    return {"num_joints": size(f"stage{num_stages - 1}.upsample.up4.res_conv2.conv.weight"), "num_stages": num_stages,
+    return {"finest": f"stage{num_stages - 1}.upsample.up4.res_conv2.conv.weight", "num_stages": num_stages,
             "blocks": tuple(_indices(names, rf"{stage}0\.downsample\.layer{layer}\.(\d+)\.") for layer in range(1, 5)),
             "widths": tuple(size(width.format(layer)) for layer in range(1, 5)),
             "stem_channels": size("top.conv.conv.weight"),
@@ -142,7 +144,7 @@ def _see_multi_stage(names: list[str], size: Size) -> dict[str, Any]:
 
 def _see_hrnet(names: list[str], size: Size) -> dict[str, Any]:
     stage = r"(?:backbone\.)?"
-    return {"num_joints": size("final_layer.weight"), "width": size("transition1.0.0.weight"),
+    return {"finest": "final_layer.weight", "width": size("transition1.0.0.weight"),
             "modules": tuple(_indices(names, rf"{stage}stage{number}\.(\d+)\.") for number in (2, 3, 4)),
             "blocks": _indices(names, rf"{stage}stage2\.0\.branches\.0\.(\d+)\."),
             "bottlenecks": _indices(names, rf"{stage}layer1\.(\d+)\."), "stem_channels": size("conv1.weight")}
@@ -150,7 +152,7 @@ def _see_hrnet(names: list[str], size: Size) -> dict[str, Any]:
 
 def _see_hourglass(names: list[str], size: Size) -> dict[str, Any]:
     depth = max((name.count(".low2") for name in names if name.startswith("hgs.0.")), default=0)
-    return {"num_joints": size("outs.0.conv.weight"), "num_stacks": _indices(names, r"hgs\.(\d+)\."),
+    return {"finest": "outs.0.conv.weight", "num_stacks": _indices(names, r"hgs\.(\d+)\."),
             "width": size("outs.0.conv.weight", 1), "depth": depth}
 
 
