@@ -327,6 +327,8 @@ class ImportModelConfig(Settings):
 
     checkpoint: str
     output: str
+    input_size_wh: tuple[int, int] | None = Field(
+        None, description="of crops; default: as the file's name has it, height first, or the network's usual one")
     register_as: str | None = Field(None, alias="register")
     alias: str = "candidate"
     tracking: TrackingConfig = TrackingConfig()
