@@ -1,4 +1,4 @@
-"""The networks that MSPN is compared with, through the same jobs: trained by workers, registered, annotating, judged."""
+"""The networks that MSPN is compared with, in the same jobs: trained by workers, registered, annotating, judged."""
 
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ def test_it_is_trained_validated_and_annotates_as_its_authors_have_it(
     assert_evaluate_says_the_same(world, tmp_path, result["evaluation"])
 
 
+@pytest.mark.slow
 @pytest.mark.endurance
 @pytest.mark.parametrize("name", ["hrnet", "hourglass"])
 def test_training_goes_on_from_its_model_and_promotes_it(world: Path, tmp_path: Path, name: str) -> None:  # noqa: F811
