@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import DataError
-from pipeline.model.decode import Decoding
 from pipeline.model.directory import ModelSpec, load_model, model_digest, normalise_crops, read_spec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import COCO17, MPII16
 
 # Written once by version 1. Every later version must read it for ever.

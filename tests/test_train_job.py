@@ -10,8 +10,8 @@ import torch
 from jobs import annotate, evaluate, shard, train
 from pipeline.config import AnnotateConfig, EvaluateConfig, ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
-from pipeline.model.decode import Decoding
 from pipeline.model.directory import load_model, model_digest
+from pipeline.model.settings import Decoding
 from pipeline.model_registry import registered_version
 from tests.without_ray import WITHOUT_RAY
 from tests.worlds import NO_TRACKING, write_pictures
