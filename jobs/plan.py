@@ -86,7 +86,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         sampling = Sampling(config.sample, actors=config.actors)
         shared = {name: getattr(config, name) for name in AnnotationConfig.model_fields}
         job = freeze(AnnotateConfig(output=scratch, **shared), model, sampling.choose)
-        pool = pool_sizes(job, actors=config.actors, detectors=config.detectors)
+        pool = pool_sizes(job, actors=config.actors, detectors=config.detectors, decoders=config.decoders)
         measured = _measure(scratch, job, pool, sampling)
         prediction = predict(sampling.whole, measured, pool=pool, nodes=num_nodes(), price=config.price_per_node_hour)
     _tell(sampling.whole, measured, prediction, job.intent, pool)

@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
-POOL = PoolSizes(annotators=4, detectors=0, cpus=0.9, gpus=0)
+POOL = PoolSizes(annotators=4, decoders=0, cpus=0.9, gpus=0)
 MEASURED = Measured(pictures=100, persons=300, rejected=1, picture_s=0.5, unit_s=2.0, pool_start_s=7.0,
                     seal_unit_s=0.01)
 
