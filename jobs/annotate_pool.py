@@ -13,7 +13,7 @@ from jobs.start_ray import NO_CORES, node_cpus, node_gpus, num_gpus
 from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
 from pipeline.unit_annotator import Receipt, UnitAnnotator
-from pipeline.unit_decoder import DecodedUnit, UnitDecoder
+from pipeline.unit_decoder import UNIT_BYTES, DecodedUnit, UnitDecoder
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
@@ -65,6 +65,10 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
     units = ray.data.from_items(rows, override_num_blocks=len(rows))
     decoders = 0 if careful and not _detecting(job) else pool.decoders
     if decoders:
+        # of what is decoded: two units for each annotator, one for each decoder. Ray's own bound is half of all nodes'
+        # object stores, and what waits lies on those that decode, which would spill it to their disks
+        units.context.execution_options.resource_limits = ray.data.ExecutionResources(
+            object_store_memory=UNIT_BYTES * (2 * pool.annotators + decoders))
         units = _through_actors(units, DecodingActor, settings, actors=min(decoders, len(rows)), num_cpus=pool.cpus)
     # else those that decode, who come first, could take the last core of the machine that has the GPU
     needs_no_core = decoders and pool.gpus
@@ -157,10 +161,16 @@ def _task_of(batch: pa.Table) -> UnitTask:
 def _decoded_of(batch: pa.Table) -> DecodedUnit:
     if "crops" not in batch.column_names:
         return DecodedUnit()
-    return DecodedUnit.from_buffers(batch["decoded"][0].as_py(), batch["crops"][0].as_buffer())
+    return DecodedUnit.from_buffers(batch["decoded"][0].as_py(), _memory_of(batch["crops"].chunk(0)))
 
 
 def _one_binary(values: np.ndarray[Any, Any]) -> pa.Array:
-    """One row that is the array's memory; in the object store a reader on the same machine has it without a copy."""
+    """One row that is the array's memory; `_memory_of` is the inverse. Neither copies."""
     ends = np.array([0, values.nbytes], np.int64)
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(values.reshape(-1))])
+
+
+def _memory_of(row: pa.Array) -> pa.Buffer:
+    _, ends, data = row.buffers()  # a scalar's as_buffer() copies: 0.4 s of 270 MB
+    start, end = np.frombuffer(ends, np.int64)[row.offset:row.offset + 2].tolist()
+    return data.slice(start, end - start)
