@@ -100,6 +100,14 @@ class Where:
         return {"node": [ray.get_runtime_context().get_node_id()]}
 
 
+def kind_of(node: str) -> str:
+    """What a node that is alive has."""
+    import ray
+
+    resources = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == node)
+    return "GPU" if "GPU" in resources else "no GPU"
+
+
 class Decoding:
     """Stands for what decodes for others."""
 
@@ -107,15 +115,16 @@ class Decoding:
         self.where = Where()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The task, and on which node it was decoded."""
-        return batch.append_column("decoded", pa.array(self.where({})["node"]))
+        """The task, and on what it was decoded: a node with a GPU or one without."""
+        here = self.where({})["node"][0]
+        return batch.append_column("decoded", pa.array([kind_of(here)]))
 
 
 class Annotating(Decoding):
     """Stands for what annotates what others have decoded."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """A receipt that says on which node the unit was annotated, and on which decoded."""
+        """A receipt that says on which node the unit was annotated, and on what decoded."""
         nodes = {"on": self.where({})["node"][0], "decoded on": batch["decoded"][0].as_py()}
         unit = json.loads(batch["task"][0].as_py())["unit"]
         return pa.table({"receipt": [json.dumps({"unit": unit, "outcome": "committed", "counts": nodes})]})
@@ -123,8 +132,6 @@ class Annotating(Decoding):
 
 def grow_for_decoders() -> dict[str, Any]:
     """A pool of units whose decoders could take every core of the GPUs' machines, and still want more."""
-    import ray
-
     from jobs import annotate_pool
     from pipeline.units import FrozenJob
 
@@ -135,10 +142,9 @@ def grow_for_decoders() -> dict[str, Any]:
     with mock.patch.multiple(annotate_pool, DecodingActor=Decoding, AnnotatingActor=Annotating):
         receipts = list(annotate_pool.annotate_units("nowhere", job, tasks, pool=pool, reuse=None))
     seconds = time.monotonic() - began
-    gpus = {node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")}
     return {"seconds": seconds, "units": len({receipt.unit for receipt in receipts}), "machines": machines(),
             "annotated_on": len({receipt.counts["on"] for receipt in receipts}),
-            "decoded_without_gpu": len({receipt.counts["decoded on"] for receipt in receipts} - gpus)}
+            "decoded_on": Counter(receipt.counts["decoded on"] for receipt in receipts)}
 
 
 def grow(folder: Path) -> dict[str, Any]:
