@@ -65,12 +65,12 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
     units = ray.data.from_items(rows, override_num_blocks=len(rows))
     decoders = 0 if careful and not _detecting(job) else pool.decoders
     if decoders:
-        # of what is decoded: two units for each annotator, one for each decoder. Ray's own bound is half of all nodes'
-        # object stores, and what waits lies on those that decode, which would spill it to their disks
+        # two units for each annotator, one for each decoder. Ray's own bound is half of all nodes' object stores, and
+        # what waits lies on those that decode alone, which would spill it to their disks
         units.context.execution_options.resource_limits = ray.data.ExecutionResources(
             object_store_memory=UNIT_BYTES * (2 * pool.annotators + decoders))
         units = _through_actors(units, DecodingActor, settings, actors=min(decoders, len(rows)), num_cpus=pool.cpus)
-    # else those that decode, who come first, could take the last core of the machine that has the GPU
+    # no core then: those that decode come first, and could take the last one of the machine that has the GPU
     needs_no_core = decoders and pool.gpus
     receipts = _through_actors(units, AnnotatingActor, settings, actors=min(pool.annotators, len(rows)),
                                num_cpus=0 if needs_no_core else pool.cpus, num_gpus=pool.gpus)
