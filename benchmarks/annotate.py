@@ -161,7 +161,8 @@ def run_job(output: Path, model: Path, source: str, *, boxes: str | None, **sett
     result = annotate.run(AnnotateConfig(input=source, model=str(model), output=str(output), boxes=boxes,
                                          tracking=NO_TRACKING, **settings))
     seconds = time.monotonic() - began
-    working = max(receipt.ended for receipt in receipts) - min(receipt.began for receipt in receipts)
+    began = min(receipt.began - receipt.decoding_s for receipt in receipts)
+    working = max(receipt.ended for receipt in receipts) - began
     return Run(result["counts"]["pictures"], result["counts"]["persons"], seconds, working)
 
 

@@ -3,14 +3,17 @@
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jobs.start_ray import NO_CORES, node_cpus, num_gpus
+import numpy as np
+import pyarrow as pa
+
+from jobs.start_ray import NO_CORES, node_cpus, node_gpus, num_gpus
 from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
 from pipeline.unit_annotator import Receipt, UnitAnnotator
-from pipeline.unit_detector import DetectedUnit, UnitDetector
+from pipeline.unit_decoder import UNIT_BYTES, DecodedUnit, UnitDecoder
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
@@ -30,19 +33,24 @@ class UnitTask:
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """How many actors annotate, and how many detect before them (0: nobody); what each takes of the cluster."""
+    """How many actors annotate, how many decode for them (0: nobody); what each takes of the cluster.
+
+    decoders  that read, decode and crop; where a detector makes the boxes, it is in these
+    cpus      of each; of an annotator with a GPU that others decode for: none
+    gpus      of each that annotates
+    """
 
     annotators: int
-    detectors: int
-    cpus: float  # of each
-    gpus: int  # of each that annotates
+    decoders: int
+    cpus: float
+    gpus: int
 
 
 def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, pool: PoolSizes, reuse: str | None,
                    careful: bool = False) -> Iterator[Receipt]:
     """Annotate the units in an actor pool; their receipts, as they come. `careful`: decode in processes apart.
 
-    Where a detector makes the boxes, it has a pool of its own, before the annotators'.
+    Where others decode, they have a pool of their own, before the annotators'; with care only those that detect have.
     A unit that ended its actor twice, as a picture can on which the decoder crashes, has no receipt.
     Raises OSError if the pools themselves could not go on.
     """
@@ -55,11 +63,17 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
     settings = {"output": output, "job": job, "careful": careful, "decoder": DECODER, "reuse": reuse}
     # the unit is the row: nothing that Ray merges or splits can break what belongs together
     units = ray.data.from_items(rows, override_num_blocks=len(rows))
-    if pool.detectors:
-        units = _through_actors(units, DetectingActor, settings, actors=min(pool.detectors, len(rows)),
-                                num_cpus=pool.cpus)
+    decoders = 0 if careful and not _detecting(job) else pool.decoders
+    if decoders:
+        # two units for each annotator, one for each decoder. Ray's own bound is half of all nodes' object stores, and
+        # what waits lies on those that decode alone, which would spill it to their disks
+        units.context.execution_options.resource_limits = ray.data.ExecutionResources(
+            object_store_memory=UNIT_BYTES * (2 * pool.annotators + decoders))
+        units = _through_actors(units, DecodingActor, settings, actors=min(decoders, len(rows)), num_cpus=pool.cpus)
+    # no core then: those that decode come first, and could take the last one of the machine that has the GPU
+    needs_no_core = decoders and pool.gpus
     receipts = _through_actors(units, AnnotatingActor, settings, actors=min(pool.annotators, len(rows)),
-                               num_cpus=pool.cpus, num_gpus=pool.gpus)
+                               num_cpus=0 if needs_no_core else pool.cpus, num_gpus=pool.gpus)
     try:
         for batch in receipts.iter_batches(batch_size=None):
             yield from (Receipt(**json.loads(text)) for text in batch["receipt"])
@@ -68,49 +82,62 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
                       f"same command continues. {error}") from error
 
 
-def pool_sizes(job: FrozenJob, *, actors: int | None, detectors: int | None) -> PoolSizes:
-    """How many actors there are; `actors`, `detectors`: as the user says, otherwise as many as there are cores for."""
-    threads, detecting = job.intent["threads"], job.intent["boxes"]["kind"] == DETECT
-    nodes = node_cpus()
+def pool_sizes(job: FrozenJob, *, actors: int | None, detectors: int | None = None,
+               decoders: int | None = None) -> PoolSizes:
+    """How many actors there are; `actors`, `detectors`, `decoders`: as the user says, otherwise as fit in the nodes."""
+    threads, nodes = job.intent["threads"], node_cpus()
     slots = sum(cpus // threads for cpus in nodes)
     if actors is None and not sum(nodes):
         raise ConfigError(NO_CORES)
     if sum(nodes) and not slots:
         logger.warning("each actor takes %d threads, and no node of the cluster has so many cores: this waits for one "
                        "that has. Otherwise set threads to fewer, in a new --output.", threads)
+    asked = detectors if _detecting(job) else decoders
     if job.intent["backend"] == "cuda":
-        annotators = actors or max(1, num_gpus())
-        found = detectors or max(1, slots - annotators)
-    else:
-        # a small detector takes 20 ms of a core for a picture, a pose network on a CPU 100 ms and more for a person
-        annotators = actors or max(1, slots - slots // 4 if detecting else slots)
-        found = detectors or max(1, slots // 4)
-    found = found if detecting else 0
+        return PoolSizes(actors or max(1, num_gpus()), _decoders_beside_gpus(job, slots) if asked is None else asked,
+                         0.9 * threads, 1)
+    # a small detector takes 20 ms of a core for a picture, a pose network on a CPU 100 ms and more for a person
+    ahead = asked or (max(1, slots // 4) if _detecting(job) else 0)
+    annotators = actors or max(1, slots - ahead)
     # less than a whole CPU for each thread: actors that take every CPU leave none to Ray Data, which then waits
-    cpus = 0.9 * threads * min(1.0, slots / (annotators + found)) if detecting and slots else 0.9 * threads
-    return PoolSizes(annotators, found, cpus, 1 if job.intent["backend"] == "cuda" else 0)
+    cpus = 0.9 * threads * min(1.0, slots / (annotators + ahead)) if ahead and slots else 0.9 * threads
+    return PoolSizes(annotators, ahead, cpus, 0)
+
+
+def _decoders_beside_gpus(job: FrozenJob, slots: int) -> int:
+    if _detecting(job):
+        return max(1, slots)
+    # a GPU's own machine decodes for it, until there are others; then these cores would lie idle, were they not counted
+    apart = any(cpus >= job.intent["threads"] and not gpus for cpus, gpus in zip(node_cpus(), node_gpus(), strict=True))
+    return slots if apart else 0
+
+
+def _detecting(job: FrozenJob) -> bool:
+    return bool(job.intent["boxes"]["kind"] == DETECT)
 
 
 def _through_actors(units: Any, actor: type, settings: dict[str, Any], *, actors: int, num_cpus: float,
                     num_gpus: int = 0) -> Any:
     import ray
 
+    # Arrow: the other formats copy what a row holds, or read it as something else
     return units.map_batches(
-        actor, batch_size=1, fn_constructor_kwargs=settings, compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=ACTOR_RESTARTS, max_task_retries=1)
+        actor, batch_size=1, batch_format="pyarrow", fn_constructor_kwargs=settings,
+        compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=num_cpus, num_gpus=num_gpus,
+        max_restarts=ACTOR_RESTARTS, max_task_retries=1)
 
 
-class DetectingActor:
-    """One UnitDetector in an actor of its own."""
+class DecodingActor:
+    """One UnitDecoder in an actor of its own."""
 
     def __init__(self, **settings: Any) -> None:
-        self.detector = UnitDetector(**settings)
+        self.decoder = UnitDecoder(**settings)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Detect on one unit (`task` [1], JSON of a UnitTask): the same task, and JSON of a DetectedUnit."""
-        task = UnitTask(**json.loads(batch["task"][0]))
-        detected = self.detector.detect(task.unit, task.earlier_parts)
-        return {"task": [batch["task"][0]], "detected": [json.dumps(detected.to_json())]}
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Decode one unit (`task` [1], JSON of a UnitTask): the same task, and a DecodedUnit as two buffers."""
+        task = _task_of(batch)
+        about, crops = self.decoder.decode(task.unit, task.earlier_parts).to_buffers()
+        return pa.table({"task": batch["task"], "decoded": [about], "crops": _one_binary(crops)})
 
 
 class AnnotatingActor:
@@ -119,9 +146,31 @@ class AnnotatingActor:
     def __init__(self, **settings: Any) -> None:
         self.annotator = UnitAnnotator(**settings)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Annotate and commit one unit (`task` [1], and `detected` [1] behind a DetectingActor); its receipt."""
-        task = UnitTask(**json.loads(batch["task"][0]))
-        detected = DetectedUnit.from_json(json.loads(batch["detected"][0])) if "detected" in batch else DetectedUnit()
-        receipt = detected.failure or self.annotator.annotate(task.unit, task.earlier_parts, detected.boxes)
-        return {"receipt": [json.dumps(asdict(receipt))]}
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Annotate and commit one unit (`task` [1], and behind a DecodingActor what it gives); its receipt."""
+        task, decoded = _task_of(batch), _decoded_of(batch)
+        receipt = decoded.failure or self.annotator.annotate(task.unit, task.earlier_parts, decoded.opened(),
+                                                             decoded.found)
+        return pa.table({"receipt": [json.dumps(asdict(replace(receipt, decoding_s=decoded.seconds)))]})
+
+
+def _task_of(batch: pa.Table) -> UnitTask:
+    return UnitTask(**json.loads(batch["task"][0].as_py()))
+
+
+def _decoded_of(batch: pa.Table) -> DecodedUnit:
+    if "crops" not in batch.column_names:
+        return DecodedUnit()
+    return DecodedUnit.from_buffers(batch["decoded"][0].as_py(), _memory_of(batch["crops"].chunk(0)))
+
+
+def _one_binary(values: np.ndarray[Any, Any]) -> pa.Array:
+    """One row that is the array's memory; `_memory_of` is the inverse. Neither copies."""
+    ends = np.array([0, values.nbytes], np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(values.reshape(-1))])
+
+
+def _memory_of(row: pa.Array) -> pa.Buffer:
+    _, ends, data = row.buffers()  # a scalar's as_buffer() copies: 0.4 s of 270 MB
+    start, end = np.frombuffer(ends, np.int64)[row.offset:row.offset + 2].tolist()
+    return data.slice(start, end - start)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Whole:
 @dataclass(frozen=True)
 class Measured:
     """The sample: what was in it, an actor's seconds for a picture and for a unit without its pictures (a shard is read
-    whole), and the seconds that come once, or once a unit at the end."""
+    whole), and the seconds that come once, or once a unit at the end; the same of those that decode for others."""
 
     pictures: int
     persons: int
@@ -57,6 +57,8 @@ class Measured:
     unit_s: float
     pool_start_s: float
     seal_unit_s: float
+    decoding_picture_s: float = 0.0
+    decoding_unit_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,26 @@ def run(config: PlanConfig) -> dict[str, Any]:
         stack.enter_context(start_ray())
         refuse_unshared(inputs=[config.input], outputs=[scratch])
         stack.callback(_remove, scratch)
-        sampling = Sampling(config.sample, actors=config.actors)
+        sampling = Sampling(config.sample, actors=config.actors, decoders=config.decoders or config.detectors)
         shared = {name: getattr(config, name) for name in AnnotationConfig.model_fields}
         job = freeze(AnnotateConfig(output=scratch, **shared), model, sampling.choose)
-        pool = pool_sizes(job, actors=config.actors, detectors=config.detectors)
+        pool = pool_sizes(job, actors=config.actors, detectors=config.detectors, decoders=config.decoders)
         measured = _measure(scratch, job, pool, sampling)
         prediction = predict(sampling.whole, measured, pool=pool, nodes=num_nodes(), price=config.price_per_node_hour)
     _tell(sampling.whole, measured, prediction, job.intent, pool)
-    return {"job": "plan", "input": config.input, "actors": pool.annotators, "whole": asdict(sampling.whole),
+    return {"job": "plan", "input": config.input, "actors": pool.annotators, "decoders": pool.decoders,
+            "whole": asdict(sampling.whole),
             "measured": asdict(measured), "predicted": asdict(prediction)}
 
 
 def predict(whole: Whole, measured: Measured, *, pool: PoolSizes, nodes: int, price: float | None) -> Prediction:
-    """Units are dealt to the actors, so the work takes as many rounds of units as the busiest actor gets."""
-    unit_s = measured.unit_s + measured.picture_s * whole.pictures / whole.units
-    annotating = -(-whole.units // pool.annotators) * unit_s
+    """Units are dealt to the actors, so the work takes as many rounds of units as the busiest actor gets; where others
+    decode, both pools work at once, and the slower one decides."""
+    pictures = whole.pictures / whole.units
+    annotating = -(-whole.units // pool.annotators) * (measured.unit_s + measured.picture_s * pictures)
+    if pool.decoders:
+        decoding = measured.decoding_unit_s + measured.decoding_picture_s * pictures
+        annotating = max(annotating, -(-whole.units // pool.decoders) * decoding)
     sealing = measured.seal_unit_s * whole.units
     seconds = whole.seconds + measured.pool_start_s + annotating + sealing
     node_hours = nodes * seconds / 3600
@@ -112,9 +119,9 @@ class Sampling:
     (`num_single`) tell what a unit costs beside its pictures.
     """
 
-    def __init__(self, pictures: int | None, *, actors: int | None = None) -> None:
+    def __init__(self, pictures: int | None, *, actors: int | None = None, decoders: int | None = None) -> None:
         self.whole = Whole(0, 0, 0.0)
-        self._actors = actors or num_gpus() or num_cpus()
+        self._actors = max(actors or num_gpus() or num_cpus(), decoders or 0)
         self.num_first = self.num_single = self._actors
         self._pictures = pictures or PICTURES_FOR_AN_ACTOR * self._actors
 
@@ -146,14 +153,22 @@ def _measure(scratch: str, job: FrozenJob, pool: PoolSizes, sampling: Sampling) 
     sealing = time.monotonic()
     counts, _ = count_parts(scratch, job)
     sealed_s = time.monotonic() - sealing
-    seconds = [receipt.ended - receipt.began for receipt in receipts]
-    first, single = seconds[:sampling.num_first], seconds[sampling.num_first:][:sampling.num_single]
-    slices = receipts[sampling.num_first + sampling.num_single:]
-    picture_s, unit_s = split_cost(statistics.mean(single), seconds[-len(slices):],
-                                   [receipt.counts["pictures"] for receipt in slices])
-    return Measured(counts["pictures"], counts["persons"], counts["rejected"], picture_s, unit_s,
-                    min(receipt.began for receipt in receipts) - began
-                    + max(0.0, statistics.mean(first) - statistics.mean(single)), sealed_s / job.num_units)
+    first, rest = receipts[:sampling.num_first], receipts[sampling.num_first:]
+    single, slices = rest[:sampling.num_single], rest[sampling.num_single:]
+    warming = statistics.mean(map(_annotating_s, first)) - statistics.mean(map(_annotating_s, single))
+    return Measured(counts["pictures"], counts["persons"], counts["rejected"], *_cost(single, slices, _annotating_s),
+                    min(receipt.began for receipt in receipts) - began + max(0.0, warming), sealed_s / job.num_units,
+                    *_cost(single, slices, lambda receipt: receipt.decoding_s))
+
+
+def _annotating_s(receipt: Receipt) -> float:
+    return receipt.ended - receipt.began
+
+
+def _cost(single: Sequence[Receipt], slices: Sequence[Receipt],
+          seconds: Callable[[Receipt], float]) -> tuple[float, float]:
+    return split_cost(statistics.mean(map(seconds, single)), [seconds(receipt) for receipt in slices],
+                      [receipt.counts["pictures"] for receipt in slices])
 
 
 def split_cost(single_s: float, seconds: Sequence[float], pictures: Sequence[int]) -> tuple[float, float]:
@@ -181,11 +196,15 @@ def _remove(scratch: str) -> None:
 
 
 def _tell(whole: Whole, measured: Measured, prediction: Prediction, intent: dict[str, Any], pool: PoolSizes) -> None:
-    rate = pool.annotators * measured.persons / measured.pictures / measured.picture_s
+    picture_s = measured.picture_s / pool.annotators
+    if pool.decoders:
+        picture_s = max(picture_s, measured.decoding_picture_s / pool.decoders)
+    decoders = f", for whom {pool.decoders} decode" if pool.decoders else ""
     lines = [
         f"{whole.pictures:,} pictures in {whole.units:,} units, listed in {whole.seconds:.1f} s",
         f"measured on {measured.pictures} pictures, {measured.persons} persons, {measured.rejected} rejected: "
-        f"{rate:.1f} persons/s by {pool.annotators} actors ({intent['backend']}, {intent['precision']})",
+        f"{measured.persons / measured.pictures / picture_s:.1f} persons/s by {pool.annotators} actors "
+        f"({intent['backend']}, {intent['precision']}){decoders}",
         f"about {whole.pictures * measured.persons / measured.pictures:,.0f} persons",
         f"wall time   {_hours(prediction.seconds)}  (listing {prediction.listing_s:.0f} s, pool "
         f"{prediction.pool_start_s:.0f} s, annotating {prediction.annotating_s:.0f} s, sealing "

@@ -144,6 +144,12 @@ def node_cpus() -> list[int]:
     return cpus if os.environ.get("RAY_ADDRESS") else [min(sum(cpus), os.cpu_count() or 1)]
 
 
+def node_gpus() -> list[int]:
+    """GPUs of each node, in the order of `node_cpus`."""
+    gpus = [int(node.get("GPU", 0)) for node in _nodes()]
+    return gpus if os.environ.get("RAY_ADDRESS") else [sum(gpus)]
+
+
 def _nodes() -> list[dict[str, float]]:
     """The resources of each node that is alive."""
     import ray

@@ -15,12 +15,15 @@ import numpy as np
 from pipeline import storage
 from pipeline.ahead import map_ahead
 from pipeline.images import REASONS, PictureRefused, Pixels, decode_picture
+from pipeline.pose.crop import CroppedPersons
 from pipeline.pose.oks import suppress_poses
 from pipeline.pose.skeleton import Skeleton
-from pipeline.prediction import CroppedPersons, Predictor
+from pipeline.prediction import Predictor
 from pipeline.rows import NO_PERSON, OK, REJECTED, AnnotatedPicture, Boxes, person_scores
 
 Array = np.ndarray[Any, Any]
+CropPersons = Callable[[Array, Array], CroppedPersons]  # of a picture, by boxes float64 [n, 4]
+Opened = tuple[AnnotatedPicture, CroppedPersons | None]  # before the network: what it has to see, if anything
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,26 @@ def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predicto
 
     What an earlier run made of the same bytes with the same boxes is copied; with the same ETag it isn't even read.
     """
-    opened: list[tuple[AnnotatedPicture, CroppedPersons | None]] = []
+    return annotate_opened(open_pictures(pictures, predictor.crop_persons, decode=decode, threads=decoders), predictor,
+                           oks_nms=oks_nms)
+
+
+def open_pictures(pictures: Iterable[PictureToAnnotate], crop: CropPersons, *, decode: Callable[[bytes], Pixels],
+                  threads: int) -> Iterator[Opened]:
+    """Each picture decoded and its persons cropped, in order, by so many threads; 1: the caller's."""
+    if threads == 1:
+        return (_open(picture, crop, decode) for picture in pictures)
+    # bytes that come as a stream, as a shard's may, are taken from it in its order
+    return map_ahead(lambda picture: _open(picture, crop, decode), map(_read_now, pictures), threads=threads)
+
+
+def annotate_opened(pictures: Iterable[Opened], predictor: Predictor, *,
+                    oks_nms: float | None = None) -> list[AnnotatedPicture]:
+    """`annotate_pictures` from where pictures are opened."""
+    opened: list[Opened] = []
 
     def crops() -> Iterator[Array]:
-        for one in _opened(pictures, predictor, decode, decoders):
+        for one in pictures:
             opened.append(one)
             persons = opened[-1][1]
             if persons is not None:
@@ -142,24 +161,15 @@ def _raise(error: Exception) -> bytes:
     raise error
 
 
-def _opened(pictures: Iterable[PictureToAnnotate], predictor: Predictor, decode: Callable[[bytes], Pixels],
-            decoders: int) -> Iterator[tuple[AnnotatedPicture, CroppedPersons | None]]:
-    if decoders == 1:
-        return (_open(picture, predictor, decode) for picture in pictures)
-    # bytes that come as a stream, as a shard's may, are taken from it in its order
-    return map_ahead(lambda picture: _open(picture, predictor, decode), map(_read_now, pictures), threads=decoders)
-
-
-def _open(task: PictureToAnnotate, predictor: Predictor,
-          decode: Callable[[bytes], Pixels]) -> tuple[AnnotatedPicture, CroppedPersons | None]:
+def _open(task: PictureToAnnotate, crop: CropPersons, decode: Callable[[bytes], Pixels]) -> Opened:
     decoded = decode_unless_known(task, decode)
     if isinstance(decoded, AnnotatedPicture):
         return decoded, None
-    opened = _judge_boxes(decoded.picture, task.boxes(decoded.picture["width"], decoded.picture["height"]))
-    return opened, predictor.crop_persons(decoded.image_bgr, opened.boxes.xywh) if opened.status == OK else None
+    opened = judge_boxes(decoded.picture, task.boxes(decoded.picture["width"], decoded.picture["height"]))
+    return opened, crop(decoded.image_bgr, opened.boxes.xywh) if opened.status == OK else None
 
 
-def _judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
+def judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
     """A picture that could be decoded, before its joints are known; `picture` has its upright width and height."""
     width, height = picture["width"], picture["height"]
     boxes = usable_boxes(given, width, height)
@@ -180,8 +190,8 @@ def _unchanged(task: PictureToAnnotate) -> AnnotatedPicture | None:
     picture = task.picture | {"sha256": earlier.picture["sha256"]}
     if earlier.picture["width"] is None or earlier.picture["height"] is None:  # nobody has seen its boxes
         return replace(earlier, picture=picture, reused=True) if earlier.status == REJECTED else None
-    now = _judge_boxes(picture | {name: earlier.picture[name] for name in ("width", "height")},
-                       task.boxes(earlier.picture["width"], earlier.picture["height"]))
+    now = judge_boxes(picture | {name: earlier.picture[name] for name in ("width", "height")},
+                      task.boxes(earlier.picture["width"], earlier.picture["height"]))
     if (now.status, now.reason) != (earlier.status, earlier.reason) or not _same_boxes(now.boxes, earlier.boxes):
         return None
     return replace(now, joints_xy=earlier.joints_xy, joint_scores=earlier.joint_scores, reused=True)
@@ -200,7 +210,7 @@ def _same_boxes(boxes: Boxes, others: Boxes) -> bool:
                ((boxes.ids, others.ids), (boxes.xywh, others.xywh), (boxes.scores, others.scores)))
 
 
-def _with_joints(opened: Sequence[tuple[AnnotatedPicture, CroppedPersons | None]], joints: Array, scores: Array,
+def _with_joints(opened: Sequence[Opened], joints: Array, scores: Array,
                  predictor: Predictor) -> Iterator[AnnotatedPicture]:
     start = 0
     for picture, persons in opened:

@@ -62,6 +62,10 @@ class BoxChoice:
         detector = {name: boxes[name] for name in ("score", "nms", "backend") if name in boxes}
         return cls(boxes["kind"], boxes["digest"], boxes["min_score"], boxes["max_persons"], detector)
 
+    def strongest(self, boxes: Boxes) -> Boxes:
+        """Those of a picture's boxes, from files or a detector, that the choice takes."""
+        return strongest_boxes(boxes, min_score=self.min_score, max_persons=self.max_persons)
+
 
 @dataclass(frozen=True)
 class ChosenBoxes:
@@ -107,25 +111,22 @@ def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str,
 
 
 def unit_box_source(output: str, job: FrozenJob, unit: int, *,
-                    detected: Mapping[str, Boxes | None] = MappingProxyType({}),
-                    earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> BoxSource:
+                    detected: Mapping[str, Boxes] = MappingProxyType({})) -> BoxSource:
     """The function that gives the boxes of a unit's pictures: (row, width, height) -> Boxes.
 
-    detected  with a detector: what it found, by key; None: an earlier run has seen the same picture, with the boxes
-              in `earlier`. For a picture that it could not look at the function raises StorageError: nobody may say
-              of that one that it has no persons.
+    detected  with a detector: what it found, by key. For a picture that it could not look at the function raises
+              StorageError: nobody may say of that one that it has no persons.
     """
     choice = BoxChoice.of_intent(job.intent["boxes"])
     if choice.kind == ANNOTATED:
         return lambda row, width, height: annotated_boxes(row.get("persons"))
     if choice.kind == WHOLE_IMAGE:
         return lambda row, width, height: whole_image_box(width, height)
-    strongest = functools.partial(strongest_boxes, min_score=choice.min_score, max_persons=choice.max_persons)
     if choice.kind == DETECT:
-        return lambda row, width, height: _detected(row["key"], detected, earlier, strongest)
+        return lambda row, width, height: choice.strongest(_detected(row["key"], detected))
     assert choice.digest is not None
     frozen = read_unit_boxes(output, job, choice.digest, unit)
-    return lambda row, width, height: strongest(frozen.get(row["key"], Boxes.none()))
+    return lambda row, width, height: choice.strongest(frozen.get(row["key"], Boxes.none()))
 
 
 def earlier_box_source(earlier: Mapping[str, AnnotatedPicture]) -> BoxSource:
@@ -138,12 +139,10 @@ def detector_uri(output: str, digest: str) -> str:
     return storage.join(output, DETECTOR_FOLDER, f"{digest[:16]}.onnx")
 
 
-def _detected(key: str, detected: Mapping[str, Boxes | None], earlier: Mapping[str, AnnotatedPicture],
-              strongest: Callable[[Boxes], Boxes]) -> Boxes:
+def _detected(key: str, detected: Mapping[str, Boxes]) -> Boxes:
     if key not in detected:
         raise storage.StorageError(f"{key}: the detector could not look at this picture, though it can be decoded now")
-    found = detected[key]
-    return earlier[key].boxes if found is None else strongest(found)
+    return detected[key]
 
 
 def _chosen_annotations(asked: AskedBoxes, source: dict[str, Any], annotations: str | None) -> ChosenBoxes:

@@ -255,7 +255,17 @@ class AnnotationConfig(Settings):
     accept_truncated: bool = Field(False, description="take a picture whose end is missing, as far as it goes")
     actors: int | None = Field(None, ge=1)
     detectors: int | None = Field(None, ge=1, description="actors that detect; default: what cores there are for it")
+    decoders: int | None = Field(None, ge=0, description="actors that read, decode and crop for those that annotate; "
+                                 "default: 0, or beside GPUs, where there are machines without one, what fits")
     tracking: TrackingConfig = TrackingConfig()
+
+
+    @field_validator("decoders")
+    @classmethod
+    def _detectors_decode(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("boxes") == "detect":
+            raise ValueError("with boxes=detect it is the detectors that decode; set detectors instead")
+        return value
 
 
 class AnnotateConfig(AnnotationConfig):

@@ -18,23 +18,10 @@ from pipeline.model import inference
 from pipeline.model.decode import decode_heatmaps, flip_average
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops
 from pipeline.model.network import PoseNetwork
-from pipeline.pose.crop import crop_matrix, crop_person, joints_to_image, region_for_box
+from pipeline.pose.crop import CroppedPersons, crop_persons, joints_to_image
 from pipeline.pose.skeleton import Skeleton
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class CroppedPersons:
-    """The persons of one picture as the network sees them.
-
-    crops       uint8 [n, H, W, 3] BGR
-    centers_xy  float64 [n, 2], sizes_wh float64 [n, 2]: the region of each crop, in picture pixels
-    """
-
-    crops: Array
-    centers_xy: Array
-    sizes_wh: Array
 
 
 @dataclass(frozen=True)
@@ -79,13 +66,7 @@ class Predictor:
 
     def crop_persons(self, image_bgr: Array, boxes_xywh: Array) -> CroppedPersons:
         """The crops of `boxes_xywh` float64 [n, 4] (picture pixels) from a uint8 [H, W, 3] picture."""
-        size_wh, padding_wh = self.spec.input_size_wh, self.spec.box_padding_wh
-        regions = [region_for_box(box, size_wh, padding_wh=padding_wh) for box in boxes_xywh]
-        crops = np.empty((len(regions), size_wh[1], size_wh[0], 3), np.uint8)
-        for region, crop in zip(regions, crops, strict=True):
-            crop_person(image_bgr, crop_matrix(region, size_wh), size_wh, into=crop)
-        return CroppedPersons(crops, np.array([region.center_xy for region in regions]).reshape(-1, 2),
-                              np.array([region.size_wh for region in regions]).reshape(-1, 2))
+        return crop_persons(image_bgr, boxes_xywh, self.spec.input_size_wh, padding_wh=self.spec.box_padding_wh)
 
     def predict_crops(self, crops: Iterable[Array]) -> tuple[Array, Array]:
         """Joints float32 [N, K, 2] in crop pixels and scores float32 [N, K] of a stream of uint8 [H, W, 3] crops.

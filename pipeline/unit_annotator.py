@@ -4,10 +4,11 @@ What an actor of the annotate job does, without Ray: the same object runs in a t
 GPU and no Ray. What goes wrong with the service is said in the receipt, and leaves the unit uncommitted.
 """
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,7 @@ import torch
 
 from pipeline import annotation_input as inputs
 from pipeline import keypoints, storage
-from pipeline.annotation import annotate_pictures
+from pipeline.annotation import Opened, annotate_opened, open_pictures
 from pipeline.boxes import unit_box_source
 from pipeline.errors import DataError
 from pipeline.images import PictureLimits
@@ -45,6 +46,7 @@ class Receipt:
     failure  why it failed
     passing  whether the same may go well later: it was about the service
     began, ended  when, in seconds since 1970
+    decoding_s  the seconds that who decodes for the annotator has spent on it before
     """
 
     unit: int
@@ -54,6 +56,7 @@ class Receipt:
     passing: bool = False
     began: float = 0.0
     ended: float = 0.0
+    decoding_s: float = 0.0
 
 
 def limits_of(intent: Mapping[str, Any]) -> PictureLimits:
@@ -85,36 +88,37 @@ class UnitAnnotator:
         self.earlier = EarlierPictures(reuse) if reuse else None
 
     def annotate(self, unit: int, earlier_parts: Sequence[str] = (),
-                 detected: Mapping[str, Boxes | None] = MappingProxyType({})) -> Receipt:
+                 opened: Mapping[str, Opened] = MappingProxyType({}),
+                 detected: Mapping[str, Boxes] = MappingProxyType({})) -> Receipt:
         """Annotate and commit one unit.
 
         earlier_parts  those of the reused output that may hold its pictures
-        detected       what the detector found on its pictures, where one makes the boxes
+        opened         its pictures, by key, that another process has read, decoded and cropped
+        detected       of the others what the detector found, where one makes the boxes
         """
         began = time.time()
-        return replace(self._annotate(unit, earlier_parts, detected), began=began, ended=time.time())
+        return replace(self._annotate(unit, earlier_parts, opened, detected), began=began, ended=time.time())
 
-    def _annotate(self, unit: int, earlier_parts: Sequence[str], detected: Mapping[str, Boxes | None]) -> Receipt:
+    def _annotate(self, unit: int, earlier_parts: Sequence[str], opened: Mapping[str, Opened],
+                  detected: Mapping[str, Boxes]) -> Receipt:
         part = storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))
         try:
             if storage.exists(part):
                 return Receipt(unit, THERE)
-            data, counts = self._part(unit, earlier_parts, detected)
+            data, counts = self._part(unit, earlier_parts, opened, detected)
             refuse_if_begun_again(self.output, self.job)
             return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
         except FAILURES as error:
             return failure_receipt(unit, error)
 
-    def _part(self, unit: int, earlier_parts: Sequence[str],
-              detected: Mapping[str, Boxes | None]) -> tuple[bytes, dict[str, Any]]:
-        earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
+    def _part(self, unit: int, earlier_parts: Sequence[str], opened: Mapping[str, Opened],
+              detected: Mapping[str, Boxes]) -> tuple[bytes, dict[str, Any]]:
         planned = read_unit(self.output, self.job, unit)
-        boxes = unit_box_source(self.output, self.job, unit, detected=detected, earlier=earlier)
-        limits = limits_of(self.job.intent)
-        with open_decoder(limits, isolated=self.careful, decoder=self.decoder) as decoder:
-            tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
-            pictures = annotate_pictures(tasks, self.predictor, decode=decoder.decode, decoders=self._decoders(),
-                                         oks_nms=self.job.intent.get("oks_nms"))
+        left = [one for one in planned if one["key"] not in opened]
+        with contextlib.ExitStack() as resources:
+            others = self._opened(unit, left, earlier_parts, detected, resources) if left else iter(())
+            in_order = (opened.get(one["key"]) or next(others) for one in planned)
+            pictures = annotate_opened(in_order, self.predictor, oks_nms=self.job.intent.get("oks_nms"))
         reused = [picture for picture in pictures if picture.reused]
         counts = count_rows(pictures)
         data = keypoints.part_bytes(pictures, self.predictor.skeleton, job=self.job.digest,
@@ -122,6 +126,15 @@ class UnitAnnotator:
                                     detector=self.job.about.get("detector"), decoding=self.predictor.spec.decoding)
         computed = counts["persons"] - sum(len(picture.boxes.ids) for picture in reused)
         return data, {**counts, "reused": len(reused), "computed": computed}
+
+    def _opened(self, unit: int, planned: Sequence[dict[str, Any]], earlier_parts: Sequence[str],
+                detected: Mapping[str, Boxes], resources: contextlib.ExitStack) -> Iterator[Opened]:
+        earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
+        boxes = unit_box_source(self.output, self.job, unit, detected=detected)
+        decoder = resources.enter_context(
+            open_decoder(limits_of(self.job.intent), isolated=self.careful, decoder=self.decoder))
+        tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
+        return open_pictures(tasks, self.predictor.crop_persons, decode=decoder.decode, threads=self._decoders())
 
     def _decoders(self) -> int:
         # a GPU waits for whoever decodes; on a CPU decoding and network share the cores anyway

@@ -7,6 +7,7 @@ lacks stands in its place. GPUs are logical. Prints what was seen as one JSON ob
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pyarrow as pa
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +100,53 @@ class Where:
         return {"node": [ray.get_runtime_context().get_node_id()]}
 
 
+def kind_of(node: str) -> str:
+    """What a node that is alive has."""
+    import ray
+
+    resources = next(each["Resources"] for each in ray.nodes() if each["NodeID"] == node)
+    return "GPU" if "GPU" in resources else "no GPU"
+
+
+class Decoding:
+    """Stands for what decodes for others."""
+
+    def __init__(self, **_: Any) -> None:
+        self.where = Where()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The task, and on what it was decoded: a node with a GPU or one without."""
+        here = self.where({})["node"][0]
+        return batch.append_column("decoded", pa.array([kind_of(here)]))
+
+
+class Annotating(Decoding):
+    """Stands for what annotates what others have decoded."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """A receipt that says on which node the unit was annotated, and on what decoded."""
+        nodes = {"on": self.where({})["node"][0], "decoded on": batch["decoded"][0].as_py()}
+        unit = json.loads(batch["task"][0].as_py())["unit"]
+        return pa.table({"receipt": [json.dumps({"unit": unit, "outcome": "committed", "counts": nodes})]})
+
+
+def grow_for_decoders() -> dict[str, Any]:
+    """A pool of units whose decoders could take every core of the GPUs' machines, and still want more."""
+    from jobs import annotate_pool
+    from pipeline.units import FrozenJob
+
+    job = FrozenJob(digest="", input={}, intent={"boxes": {"kind": "whole-image"}}, plan={}, about={})
+    pool = annotate_pool.PoolSizes(annotators=2 * MOST, decoders=2 * MOST + 4, cpus=7.2, gpus=1)
+    tasks = [annotate_pool.UnitTask(unit) for unit in range(40)]
+    began = time.monotonic()
+    with mock.patch.multiple(annotate_pool, DecodingActor=Decoding, AnnotatingActor=Annotating):
+        receipts = list(annotate_pool.annotate_units("nowhere", job, tasks, pool=pool, reuse=None))
+    seconds = time.monotonic() - began
+    return {"seconds": seconds, "units": len({receipt.unit for receipt in receipts}), "machines": machines(),
+            "annotated_on": len({receipt.counts["on"] for receipt in receipts}),
+            "decoded_on": Counter(receipt.counts["decoded on"] for receipt in receipts)}
+
+
 def grow(folder: Path) -> dict[str, Any]:
     """What is seen while work waits, is done, and is gone."""
     import ray
@@ -128,6 +178,10 @@ def grow(folder: Path) -> dict[str, Any]:
     del pool, units  # with them their actors, which would keep their machines
     seen["gone_after_s"] = wait_until_all_are_gone()
     note("gone", seen)
+    seen["decoders"] = grow_for_decoders()
+    note("decoded", seen)
+    gc.collect()  # the pools' actors would keep their machines
+    wait_until_all_are_gone()
     began = time.monotonic()
     result = run(backend="cpu", actors=6, threads=4)
     return seen | {"cpu_seconds": time.monotonic() - began, "cpu_machines": machines(), "ok": result["counts"]["ok"]}

@@ -13,7 +13,7 @@ import pytest
 
 from jobs import annotate, shard
 from pipeline import boxes as box_module
-from pipeline import keypoints, unit_detector
+from pipeline import keypoints, unit_decoder
 from pipeline.boxes import unit_box_source
 from pipeline.config import AnnotateConfig, ShardConfig
 from pipeline.detection import Detector
@@ -165,9 +165,10 @@ def test_only_what_an_earlier_run_has_not_seen_goes_through_detector_and_network
     names = sorted(path.name for path in pictures.iterdir())
     shutil.copy(pictures / names[0], pictures / "new.jpg")
     looked: list[int] = []
-    run, crop = Detector._run, Predictor.crop_persons
+    run, crop = Detector._run, unit_decoder.crop_persons
     monkeypatch.setattr(Detector, "_run", lambda self, pixels: looked.append(len(pixels)) or run(self, pixels))
-    monkeypatch.setattr(Predictor, "crop_persons", lambda self, *given: looked.append(-1) or crop(self, *given))
+    monkeypatch.setattr(unit_decoder, "crop_persons", lambda *given, **more: looked.append(-1) or crop(*given, **more))
+    monkeypatch.setattr(Predictor, "crop_persons", None)  # nothing is opened twice
     result = annotate.run(detecting(world, tmp_path / "out", input=str(pictures), reuse=str(detected[0])))
     assert looked == [1, -1]  # one picture through the detector, its persons cropped once
     assert result["counts"]["pictures"] == 7
@@ -185,7 +186,7 @@ def test_of_a_picture_that_the_detector_could_not_look_at_nobody_says_that_it_is
 
 def test_trouble_with_the_store_in_the_detector_leaves_the_unit_for_later(
         world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = unit_detector.read_unit, []
+    whole, calls = unit_decoder.read_unit, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -193,7 +194,7 @@ def test_trouble_with_the_store_in_the_detector_leaves_the_unit_for_later(
             raise StorageError("503 Slow Down")
         return whole(*arguments)
 
-    monkeypatch.setattr(unit_detector, "read_unit", failing)
+    monkeypatch.setattr(unit_decoder, "read_unit", failing)
     monkeypatch.setattr(annotate, "PAUSES_S", (0.0,))
     result = annotate.run(detecting(world, tmp_path / "out"))
     assert len(calls) == 3  # two units, one of them twice

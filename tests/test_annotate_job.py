@@ -49,6 +49,16 @@ def test_a_pool_of_actors_gives_the_rows_that_one_process_gives(
     assert not list((tmp_path / "pool" / "_drivers").iterdir())
 
 
+def test_actors_that_decode_for_others_give_the_rows_that_one_process_gives(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = annotate.run(config(world, str(tmp_path / "pools"), actors=1, decoders=2, threads=1))
+    for module, name, instead in WITHOUT_RAY:
+        monkeypatch.setattr(module, name, instead)
+    annotate.run(config(world, str(tmp_path / "one"), threads=1))
+    assert result["units_annotated"] == 12
+    assert rows(str(tmp_path / "pools")).equals(rows(str(tmp_path / "one")))
+
+
 def metric(name: str, output: str) -> float:
     """What Ray's Prometheus endpoint says of a run, once it does."""
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
@@ -103,14 +113,15 @@ def kill_when_half_done(asked: AnnotateConfig, s3: S3Server) -> set[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("decoders", [0, 1])
 def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotated(
-        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoders: int) -> None:
     pictures = write_pictures(tmp_path / "in", count=5) / "images"
     (pictures / "000003-culprit.jpg").write_bytes(b"abort ")
     monkeypatch.setattr(annotate_pool, "DECODER", "tests.crashing_decoder")
     result = annotate.run(AnnotateConfig(
         input=str(pictures), model=str(world / "model"), output=str(tmp_path / "out"), boxes="whole-image",
-        pictures_per_unit=2, max_rejected_share=1, actors=1, tracking=NO_TRACKING))
+        pictures_per_unit=2, max_rejected_share=1, actors=1, decoders=decoders, tracking=NO_TRACKING))
     assert result["counts"]["ok"] == 5
     assert result["counts"]["reasons"] == {"decoder_crash": 1}
 

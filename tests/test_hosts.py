@@ -29,7 +29,7 @@ TRAINING = {"workers": 3, "threads": 1, "validate_every": EVERY,  # three worker
             "network": {"num_stages": 1, "input_size_wh": [64, 64], "blocks": [1, 1, 1, 1], "widths": [8, 8, 16, 16],
                         "stem_channels": 8, "upsample_channels": 16},
             "optimiser": {"iterations": ITERATIONS, "warmup_iterations": 10, "batch_size_per_worker": 4}}
-ANNOTATOR, TRAINER = "AnnotatingActor", "RayTrainWorker"
+ANNOTATOR, DECODER, TRAINER = "AnnotatingActor", "DecodingActor", "RayTrainWorker"
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,17 @@ def test_a_worker_host_that_dies_in_annotate_costs_no_row(hosts: Hosts, annotate
     tell(f"annotate, {victim} dies", job, "host-dies")
     job.succeed()
     assert_same_rows(hosts, "host-dies", annotated)
+    hosts.start_workers([victim])
+
+
+def test_a_host_whose_actors_decode_for_others_dies_and_costs_no_row(hosts: Hosts, annotated: str) -> None:
+    job = start_annotate(hosts, "decoders-die", "decoders=3")
+    wait_for_parts(job, "decoders-die", 20)
+    victim = hosts_at_work(hosts, DECODER)[0]
+    hosts.host(victim).kill()
+    tell(f"annotate, {victim}, which decodes, dies", job, "decoders-die")
+    job.succeed()
+    assert_same_rows(hosts, "decoders-die", annotated)
     hosts.start_workers([victim])
 
 
@@ -203,10 +214,11 @@ def key_of(path: str) -> str:
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
-def start_annotate(hosts: Hosts, output: str) -> Job:
+def start_annotate(hosts: Hosts, output: str, *settings: str) -> Job:
     """All copies, a picture a unit."""
     return start_job(hosts, "annotate", "--input", f"{BUCKET}/many", "--model", f"{BUCKET}/model",
-                     "--output", f"{BUCKET}/{output}", "--boxes", "whole-image", "--set", "pictures_per_unit=1")
+                     "--output", f"{BUCKET}/{output}", "--boxes", "whole-image",
+                     *(f"--set={setting}" for setting in ("pictures_per_unit=1", *settings)))
 
 
 def start_train(hosts: Hosts, output: str) -> Job:

@@ -1,6 +1,7 @@
 """`plan`: what annotating an input will take, measured on a sample of it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from pipeline.errors import DataError
 from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
-POOL = PoolSizes(annotators=4, detectors=0, cpus=0.9, gpus=0)
+POOL = PoolSizes(annotators=4, decoders=0, cpus=0.9, gpus=0)
 MEASURED = Measured(pictures=100, persons=300, rejected=1, picture_s=0.5, unit_s=2.0, pool_start_s=7.0,
                     seal_unit_s=0.01)
 
@@ -26,6 +27,28 @@ def test_the_busiest_actor_decides() -> None:
     assert predicted.seconds == pytest.approx(3 + 7 + 156 + 0.09)
     assert predicted.node_hours == pytest.approx(2 * 166.09 / 3600)
     assert predicted.money == pytest.approx(1.5 * predicted.node_hours)
+
+
+# each decoder has 5 units at most, of 23 s or 103 s
+@pytest.mark.parametrize(("decoding_picture_s", "annotating_s"), [(0.2, 156), (1.0, 515)])
+def test_where_others_decode_the_slower_pool_decides(decoding_picture_s: float, annotating_s: float) -> None:
+    measured = replace(MEASURED, decoding_picture_s=decoding_picture_s, decoding_unit_s=3.0)
+    predicted = predict(Whole(pictures=900, units=9, seconds=3.0), measured, pool=replace(POOL, decoders=2), nodes=1,
+                        price=None)
+    assert predicted.annotating_s == pytest.approx(annotating_s)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_decoding_takes_is_measured_where_others_decode(tmp_path: Path) -> None:
+    pictures, model = write_pictures(tmp_path / "in", count=12), write_tiny_model(tmp_path / "model")
+
+    def measured(decoders: int) -> float:
+        return float(plan.run(PlanConfig(
+            input=str(pictures / "images"), model=str(model), boxes="whole-image", sample=8, pictures_per_unit=3,
+            decoders=decoders, tracking=NO_TRACKING))["measured"]["decoding_picture_s"])
+
+    assert measured(0) == 0
+    assert measured(1) > 0
 
 
 def test_without_a_price_there_is_no_money() -> None:

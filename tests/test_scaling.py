@@ -27,7 +27,7 @@ def seen() -> Iterator[dict[str, Any]]:
         apart = ("unshare", "-pfm", "--kill-child", "--mount-proc")
         settings = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
         done = subprocess.run([*apart, sys.executable, "-m", "tests.growing_cluster", str(folder)], cwd=ROOT,
-                              env=settings, capture_output=True, text=True, timeout=400)
+                              env=settings, capture_output=True, text=True, timeout=560)
         assert done.returncode == 0, done.stderr[-6000:]
         yield json.loads(done.stdout.splitlines()[-1])
     finally:
@@ -42,6 +42,14 @@ def test_where_nothing_is_yet_nothing_is_guessed(seen: dict[str, Any]) -> None:
 def test_a_gpu_pool_of_units_fills_every_machine_that_it_asks_for(seen: dict[str, Any]) -> None:
     assert seen["nodes_that_worked"] == MOST + MOST
     assert seen["gpu_machines"] == {"gpu_spot": MOST, "gpu_on_demand": MOST}
+
+
+def test_decoders_bring_machines_without_gpus_and_take_no_room_from_those_that_annotate(seen: dict[str, Any]) -> None:
+    found = seen["decoders"]
+    assert found["units"] == 40
+    assert found["annotated_on"] == MOST + MOST
+    assert found["machines"]["gpu_spot"] == found["machines"]["gpu_on_demand"] == MOST
+    assert found["decoded_on"]["no GPU"] > 0
 
 
 def test_machines_without_work_go(seen: dict[str, Any]) -> None:

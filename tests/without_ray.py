@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from jobs import annotate, annotate_pool, plan, promote, shard, shard_tasks
 from pipeline.config import PromotionConfig
 from pipeline.model import inference
@@ -35,11 +37,11 @@ def annotate_inline(output: str, job: FrozenJob, tasks: Iterable[annotate_pool.U
                     pool: annotate_pool.PoolSizes, reuse: str | None, careful: bool = False) -> Iterator[Receipt]:
     """annotate_units without Ray: an actor is an object."""
     settings: dict[str, Any] = {"output": output, "job": job, "careful": careful, "reuse": reuse}
-    detecting = annotate_pool.DetectingActor(**settings) if pool.detectors else None
+    decoding = annotate_pool.DecodingActor(**settings) if pool.decoders else None
     annotating = annotate_pool.AnnotatingActor(**settings)
     for task in tasks:
-        batch: dict[str, Any] = {"task": [json.dumps(asdict(task))]}
-        receipt = annotating(detecting(batch) if detecting else batch)["receipt"][0]
+        batch = pa.table({"task": [json.dumps(asdict(task))]})
+        receipt = annotating(decoding(batch) if decoding else batch)["receipt"][0].as_py()
         yield Receipt(**json.loads(receipt))
 
 
@@ -62,6 +64,7 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
     (annotate_pool, "node_cpus", lambda: [1]),
+    (annotate_pool, "node_gpus", lambda: [0]),
     (promote, "start_ray", contextlib.nullcontext),
     (promote, "refuse_unshared", lambda **_: None),
     (promote, "_validated_shards", validate_inline),

@@ -26,6 +26,30 @@ class Region:
     size_wh: Floats
 
 
+@dataclass(frozen=True)
+class CroppedPersons:
+    """The persons of one picture as the network sees them.
+
+    crops       uint8 [n, H, W, 3] BGR
+    centers_xy  float64 [n, 2], sizes_wh float64 [n, 2]: the region of each crop, in picture pixels
+    """
+
+    crops: Pixels
+    centers_xy: Floats
+    sizes_wh: Floats
+
+
+def crop_persons(image_bgr: Pixels, boxes_xywh: Floats, input_size_wh: tuple[int, int], *,
+                 padding_wh: tuple[float, float]) -> CroppedPersons:
+    """The crops of `boxes_xywh` float64 [n, 4] (picture pixels) from a uint8 [H, W, 3] picture."""
+    regions = [region_for_box(box, input_size_wh, padding_wh=padding_wh) for box in boxes_xywh]
+    crops = np.empty((len(regions), input_size_wh[1], input_size_wh[0], 3), np.uint8)
+    for region, crop in zip(regions, crops, strict=True):
+        crop_person(image_bgr, crop_matrix(region, input_size_wh), input_size_wh, into=crop)
+    return CroppedPersons(crops, np.array([region.center_xy for region in regions]).reshape(-1, 2),
+                          np.array([region.size_wh for region in regions]).reshape(-1, 2))
+
+
 def region_for_box(
     box_xywh: Sequence[float] | Floats, input_size_wh: tuple[int, int], *, padding_wh: tuple[float, float]
 ) -> Region:
