@@ -259,7 +259,6 @@ class AnnotationConfig(Settings):
                                  "default: 0, or beside GPUs, where there are machines without one, what fits")
     tracking: TrackingConfig = TrackingConfig()
 
-
     @field_validator("decoders")
     @classmethod
     def _detectors_decode(cls, value: int | None, info: ValidationInfo) -> int | None:
