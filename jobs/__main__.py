@@ -89,7 +89,8 @@ JOBS = {
         "output": "folder for the page",
         "images": "where the pictures are now (default: where the dataset says)"}),
     "import-model": Job("import_model", settings.ImportModelConfig, "a public checkpoint -> a model directory", {
-        "checkpoint": "file, URL, or name: mspn_50, 2xmspn_50, 3xmspn_50, 4xmspn_50",
+        "checkpoint": "file, URL, or name: mspn_50, 2xmspn_50, 3xmspn_50, 4xmspn_50, rsn_18, rsn_50, 2xrsn_50, "
+                      "3xrsn_50, hrnet_w32, hrnet_w48",
         "output": "where the model directory goes",
         "register": "name to register the model under in MLflow"}),
     "demo": Job("demo", settings.DemoConfig, "the whole line, on pictures that it makes itself", {

@@ -24,13 +24,19 @@ from pipeline.model_reference import put_model
 
 logger = logging.getLogger("jobs.import_model")
 
-# MMPose's MSPN on COCO, 256×192; AP on val2017 .723, .754, .758, .765
-PUBLIC_FOLDER = "https://download.openmmlab.com/mmpose/top_down/mspn/"
+# MMPose's on COCO, 256×192; AP on val2017 .723, .754, .758, .765; .704, .724, .748, .750; .746, .756
+PUBLIC_FOLDER = "https://download.openmmlab.com/mmpose/top_down/"
 PUBLIC_FILES = {
-    "mspn_50": "mspn50_coco_256x192-8fbfb5d0_20201123.pth",
-    "2xmspn_50": "2xmspn50_coco_256x192-c8765a5c_20201123.pth",
-    "3xmspn_50": "3xmspn50_coco_256x192-e348f18e_20201123.pth",
-    "4xmspn_50": "4xmspn50_coco_256x192-7b837afb_20201123.pth",
+    "mspn_50": "mspn/mspn50_coco_256x192-8fbfb5d0_20201123.pth",
+    "2xmspn_50": "mspn/2xmspn50_coco_256x192-c8765a5c_20201123.pth",
+    "3xmspn_50": "mspn/3xmspn50_coco_256x192-e348f18e_20201123.pth",
+    "4xmspn_50": "mspn/4xmspn50_coco_256x192-7b837afb_20201123.pth",
+    "rsn_18": "rsn/rsn18_coco_256x192-72f4b4a7_20201127.pth",
+    "rsn_50": "rsn/rsn50_coco_256x192-72ffe709_20201127.pth",
+    "2xrsn_50": "rsn/2xrsn50_coco_256x192-50648f0e_20201127.pth",
+    "3xrsn_50": "rsn/3xrsn50_coco_256x192-58f57a68_20201127.pth",
+    "hrnet_w32": "hrnet/hrnet_w32_coco_256x192-c78dce93_20200708.pth",
+    "hrnet_w48": "hrnet/hrnet_w48_coco_256x192-b9e0b3ab_20200708.pth",
 }
 MAX_BYTES = 4 << 30  # the authors' largest with its optimiser's state is a third of it
 SILENCE_TIMEOUT_S = 60
@@ -43,7 +49,7 @@ def run(config: ImportModelConfig, *, public_folder: str = PUBLIC_FOLDER) -> dic
     config = locations(config, "output")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = fetch_checkpoint(config.checkpoint, Path(folder), public_folder=public_folder)
-        network, spec = read_checkpoint(checkpoint)
+        network, spec = read_checkpoint(checkpoint, input_size_wh=config.input_size_wh)
         model = Path(folder, "model")
         save_model(model, network, spec)
         written = put_model(model, config.output)

@@ -14,11 +14,10 @@ from pipeline import storage, training
 from pipeline.averaging import WeightAverage
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
-from pipeline.model.architectures import config_of, make_network
+from pipeline.model.architectures import NETWORKS, config_of, make_network
 from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model, spec_of_use
 from pipeline.model.joint_sets import with_joints
-from pipeline.model.mspn import MSPN, load_trunk
 from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.recompute import recompute_activations
 from pipeline.model.settings import ARCHITECTURES, InferenceConfig
@@ -26,7 +25,7 @@ from pipeline.model.sync_batch_norm import synchronise_batch_norms
 from pipeline.model_reference import download_model
 
 logger = logging.getLogger("jobs.train")
-GIVE_RESNET = "Give a ResNet-50's state dict with torchvision's names."
+GIVE_CLASSIFIER = "Give a ResNet-50's state dict with torchvision's names; for hrnet, the HRNet classifier's."
 
 
 def open_worker(task: TrainTask, rank: int, world: int) -> Worker:
@@ -96,9 +95,10 @@ def new_network(task: TrainTask) -> tuple[PoseNetwork, ModelSpec]:
     network = make_network(asked)
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
-        if type(network) is not MSPN:
-            raise ConfigError(f"trunk is for MSPN, whose trunks are ResNets; {asked.architecture} begins untrained, or "
-                              "from a model (init).")
+        load_trunk = NETWORKS[asked.architecture].load_trunk
+        if load_trunk is None:
+            raise ConfigError(f"trunk: there is no classifier from whose weights {asked.architecture} could begin. "
+                              "Leave it out, or begin from a model (init).")
         load_trunk(network, _trunk_weights(config.trunk), colour=config.inference.colour)
     return network, spec_of_use(asked, skeleton, config.inference, config.loss)
 
@@ -111,9 +111,9 @@ def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # on bytes that aren't weights, unpickling raises whatever it likes
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"trunk {uri} holds something else than weights, and nothing of it was run: {first_line} "
-                        f"{GIVE_RESNET}") from None
+                        f"{GIVE_CLASSIFIER}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise DataError(f"trunk {uri} is no state dict. {GIVE_RESNET}")
+        raise DataError(f"trunk {uri} is no state dict. {GIVE_CLASSIFIER}")
     return weights
 
 

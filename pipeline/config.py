@@ -167,7 +167,8 @@ class TrainConfig(Settings):
     keep: Literal["last", "best"] = Field(
         "last", description="whose weights become the model: the last iteration's, as the authors', or those of the "
                             "checkpoint with the highest validation AP")
-    trunk: str | None = Field(None, description="a ResNet-50 state dict for every stage's trunk")
+    trunk: str | None = Field(None, description="an ImageNet classifier's state dict to begin from: a ResNet-50's for "
+                              "every stage's trunk of mspn, HRNet's own for hrnet")
     init: str | None = Field(None, description="a model to begin from")
     heatmap_scale: float = Field(1.0, gt=0, description="of an untrained network's heatmaps; more for a short run")
     network: AnyNetwork = MSPNSettings()
@@ -327,6 +328,8 @@ class ImportModelConfig(Settings):
 
     checkpoint: str
     output: str
+    input_size_wh: tuple[int, int] | None = Field(
+        None, description="of crops; default: as the file's name has it, height first, or the network's usual one")
     register_as: str | None = Field(None, alias="register")
     alias: str = "candidate"
     tracking: TrackingConfig = TrackingConfig()

@@ -1,6 +1,7 @@
 """Published weight files: both layouts give the originals' answers, and no file is taken half or run."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.model.checkpoint import read_checkpoint
+from pipeline.model.hourglass import HourglassConfig, StackedHourglass
+from pipeline.model.hrnet import HRNet, HRNetConfig
 from pipeline.model.layouts import mmpose_name
 from pipeline.model.mspn import MSPNConfig
-from pipeline.model.settings import Decoding
+from pipeline.model.rsn import RSNConfig
+from pipeline.model.settings import Decoding, GaussianLoss
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
+from tests.networks import drawn
 from tests.published import GOLDEN, Keys, made_images, made_weights, narrow, publish, published_keys
 
 NARROW = {"widths": (8, 16, 32, 64), "stem_channels": 8, "upsample_channels": 32}
@@ -201,3 +206,130 @@ def test_other_joints_need_a_skeleton_of_as_many(tmp_path: Path) -> None:
     network, spec = read_checkpoint(path, skeleton=five, input_size_wh=(96, 96))
     assert (spec.skeleton, spec.input_size_wh) == (five.to_json(), (96, 96))
     assert network.predict(torch.zeros(1, 3, 96, 96)).shape == (1, 5, 24, 24)
+
+
+# --- the networks that MSPN is compared with ----------------------------------------------------------------------
+
+
+def narrowed(layout: str, number: int) -> dict[str, Tensor]:
+    return made_weights(narrow(published_keys(layout, number)), 4)
+
+
+def beside_official(weights: dict[str, Tensor], path: Path) -> None:
+    """The file's network has exactly these weights under the authors' names."""
+    found = read_checkpoint(path)[0].state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+
+
+def test_rsns_file_is_told_from_mspns_and_is_used_like_it(tmp_path: Path) -> None:
+    weights = made_weights(published_keys("rsn18", 1), 7018)
+    path = saved(tmp_path, {"model": weights, "optimizer": {}, "scheduler": {}, "iteration": 96000})
+    _, spec = read_checkpoint(path)
+    assert spec.network == RSNConfig(num_joints=17)
+    assert (spec.colour, spec.box_padding_wh, spec.decoding) == ("BGR", (1.09, 1.135), Decoding())
+    beside_official(weights, path)
+
+
+def test_hrnets_bare_state_dict_gives_its_way_of_cropping_and_decoding(tmp_path: Path) -> None:
+    weights = made_weights(published_keys("hrnet_w32", 1), 1)
+    path = saved(tmp_path, weights, "pose_hrnet_w32_256x192.pth")
+    _, spec = read_checkpoint(path)
+    assert spec.network == HRNetConfig(num_joints=17)
+    assert (spec.colour, spec.mean, spec.box_padding_wh) == ("RGB", (0.485, 0.456, 0.406), (1.25, 1.25))
+    assert (spec.decoding, spec.loss) == (Decoding(variant="hrnet", blur_kernel=1), GaussianLoss(sigma=2, weight=0.5))
+    beside_official(weights, path)
+
+
+def hrnet(**settings: Any) -> dict[str, Tensor]:
+    config = {"num_joints": 17, "width": 8, "modules": (1, 2, 1), "blocks": 2, "bottlenecks": 3, "stem_channels": 16}
+    return drawn(HRNet(HRNetConfig(**config | settings))).state_dict()
+
+
+def test_another_hrnets_sizes_are_seen_in_its_file(tmp_path: Path) -> None:
+    _, spec = read_checkpoint(saved(tmp_path, hrnet(num_joints=16), "pose_hrnet_w8_256x256.pth"))
+    assert spec.network == HRNetConfig(num_joints=16, input_size_wh=(256, 256), width=8, modules=(1, 2, 1), blocks=2,
+                                       bottlenecks=3, stem_channels=16)
+    assert spec.skeleton == MPII16.to_json()
+
+
+@pytest.mark.parametrize(("name", "size_wh", "sigma", "radius"), [
+    ("pose_hrnet_w48_384x288.pth", (288, 384), 3, 9), ("pose_hrnet_w48_256x192.pth", (192, 256), 2, 6),
+    ("checkpoint.pth", (192, 256), 2, 6)])
+def test_the_input_size_is_the_names_height_first_and_so_are_the_gaussians(
+        tmp_path: Path, name: str, size_wh: tuple[int, int], sigma: float, radius: int) -> None:
+    path = saved(tmp_path, hrnet(), name)
+    _, spec = read_checkpoint(path)
+    assert (spec.input_size_wh, spec.loss) == (size_wh, GaussianLoss(sigma=sigma, radius=radius))
+    assert read_checkpoint(path, input_size_wh=(96, 128))[1].input_size_wh == (96, 128)
+
+
+@pytest.mark.parametrize("head", ["keypoint_head", "head"])
+def test_mmposes_hrnet_is_the_authors_under_other_names(tmp_path: Path, head: str) -> None:
+    weights = hrnet()
+    theirs = {(f"{head}.{name}" if name.startswith("final_layer") else f"backbone.{name}"): tensor
+              for name, tensor in weights.items()}
+    path = publish(tmp_path, {"meta": {}, "state_dict": theirs}, name="hrnet_w8_coco_256x192")
+    beside_official(weights, path)
+    _, spec = read_checkpoint(path)
+    assert (spec.source["layout"], spec.colour, spec.decoding.variant) == ("mmpose", "RGB", "hrnet")
+    assert spec.loss == GaussianLoss(weight=1.0)  # MMPose leaves out the half
+
+
+def test_mmposes_rsn_has_its_own_names_and_no_biases(tmp_path: Path) -> None:
+    keys = published_keys("rsn18", 1)
+    assert mmpose_name("stage1.downsample.layer2.0.conv_bn_relu3.bn.weight", architecture="rsn") == (
+        "backbone.multi_stage_rsn.1.downsample.layer2.0.conv_bn3.bn.weight")
+    assert mmpose_name("stage0.downsample.layer2.0.conv_bn_relu2_3_1.conv.weight", architecture="rsn") == (
+        "backbone.multi_stage_rsn.0.downsample.layer2.0.conv_bn_relu2_3_1.conv.weight")
+    weights = {name: tensor * (not name.endswith("conv.bias")) for name, tensor in made_weights(keys, 5).items()}
+    theirs = {there: weights[name] for name, _ in keys
+              if (there := mmpose_name(name, architecture="rsn", head="keypoint_head"))}
+    path = publish(tmp_path, {"state_dict": theirs}, name="rsn18_coco_256x192")
+    beside_official(weights, path)
+    _, spec = read_checkpoint(path)
+    assert (spec.network, spec.decoding.variant, spec.colour) == (RSNConfig(num_joints=17), "mmpose", "RGB")
+    theirs["keypoint_head.predict_layers.0.prm.conv.weight"] = torch.zeros(2)
+    with pytest.raises(DataError, match=r"1 unexpected: keypoint_head\.predict_layers\.0\.prm"):
+        read_checkpoint(publish(tmp_path, {"state_dict": theirs}, name="rsn18_coco_256x192"))
+
+
+@pytest.mark.parametrize(("num_stacks", "depth"), [(1, 2), (2, 4), (3, 1)])
+def test_the_hourglasss_file_gives_its_stacks_colours_and_decoding(
+        tmp_path: Path, num_stacks: int, depth: int) -> None:
+    config = HourglassConfig(num_joints=16, num_stacks=num_stacks, width=8, depth=depth)
+    weights = drawn(StackedHourglass(config)).state_dict()
+    content = {"state_dict": {f"model.module.{name}": tensor for name, tensor in weights.items()},
+               "optimizer": {"state": {}, "param_groups": []}, "epoch": 200}
+    path = saved(tmp_path, content, "checkpoint.pt")
+    beside_official(weights, path)
+    _, spec = read_checkpoint(path)
+    assert (spec.network, spec.skeleton) == (config, MPII16.to_json())
+    assert (spec.colour, spec.mean, spec.std) == ("RGB", (0, 0, 0), (1, 1, 1))
+    assert (spec.decoding.variant, spec.box_padding_wh) == ("hourglass", (1.25, 1.25))
+
+
+def test_mmposes_hourglass_is_refused_as_the_other_network_that_it_is(tmp_path: Path) -> None:
+    weights = {"backbone.stem.0.conv.weight": torch.zeros(1), "backbone.hourglass_modules.0.up1.0.conv1.weight":
+               torch.zeros(1), "keypoint_head.multi_final_layers.0.weight": torch.zeros(17, 1, 1, 1)}
+    with pytest.raises(DataError, match=r"CornerNet's.*Give a file of the Stacked Hourglass's authors"):
+        read_checkpoint(saved(tmp_path, {"state_dict": weights}))
+
+
+@pytest.mark.parametrize("way", ["udp", "dark"])
+def test_files_with_the_same_entries_and_another_decoding_are_refused_by_their_name(tmp_path: Path, way: str) -> None:
+    with pytest.raises(DataError, match=f"{way.upper()}'s targets and decoding"):
+        read_checkpoint(publish(tmp_path, {"state_dict": hrnet()}, name=f"hrnet_w48_coco_256x192_{way}"))
+
+
+@pytest.mark.parametrize(("weights", "gone"), [
+    (hrnet(), "final_layer.weight"), (hrnet(), "stage3.1.branches.2.0.conv1.weight"),
+    (hrnet(), "transition1.0.0.weight"), (narrowed("hourglass", 2), "outs.0.conv.weight"),
+    (narrowed("rsn18", 1), "stage0.downsample.layer3.1.conv_bn_relu2_4_2.conv.weight"),
+    (narrowed("hourglass", 2), "hgs.1.0.low2.low2.up1.conv3.conv.bias"),
+    (narrowed("hourglass", 2), "pre.3.skip_layer.conv.weight")])
+def test_an_entry_that_is_missing_is_named_whichever_network_it_is_of(
+        tmp_path: Path, weights: dict[str, Tensor], gone: str) -> None:
+    del (wrong := dict(weights))[gone]
+    with pytest.raises(DataError, match=re.escape(gone)):
+        read_checkpoint(saved(tmp_path, wrong))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import ConfigError
-from pipeline.model.hrnet import HighResolutionModule, HRNet, HRNetConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.model.hrnet import HighResolutionModule, HRNet, HRNetConfig, load_trunk
 from pipeline.model.recompute import recompute_activations
 from tests.networks import assert_rounded, drawn, folded, gmacs, keys_of
 from tests.published import GOLDEN, made_images, made_weights, published_keys
@@ -154,3 +154,36 @@ def test_a_side_that_is_no_multiple_of_32_is_refused_with_the_nearest_that_is() 
 def test_a_setting_that_is_unknown_or_out_of_range_is_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"HRNet.*{next(iter(wrong))}"):
         HRNetConfig(num_joints=17, **wrong)
+
+
+def classifier() -> dict[str, torch.Tensor]:
+    """An ImageNet classifier of the authors as its names say: heads of its own, and all outputs of the last module."""
+    weights = {name: tensor for name, tensor in drawn(tiny(), seed=6).state_dict().items()
+               if not name.startswith("final_layer.")}
+    more = {f"stage4.0.fuse_layers.{target}.{source}.0.weight": torch.zeros(1) for target in (1, 2, 3)
+            for source in range(4)}
+    heads = {name: torch.zeros(1) for name in ("incre_modules.0.0.conv1.weight", "downsamp_modules.0.0.weight",
+                                               "final_layer.0.weight", "classifier.weight")}
+    return weights | more | heads
+
+
+@pytest.mark.parametrize("colour", ["RGB", "BGR"])
+def test_an_imagenet_classifier_begins_all_but_the_head(colour: str) -> None:
+    network, weights = tiny(), classifier()
+    head = network.final_layer.weight.clone()
+    load_trunk(network, {name: tensor for name, tensor in weights.items() if "num_batches" not in name}, colour=colour)
+    assert torch.equal(network.final_layer.weight, head)
+    for name, tensor in network.state_dict().items():
+        if name == "conv1.weight":
+            assert torch.equal(tensor, weights[name].flip(1) if colour == "BGR" else weights[name])
+        elif not name.startswith("final_layer."):
+            assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_classifier_that_does_not_fit_is_refused_by_name() -> None:
+    weights = classifier()
+    del weights["stage3.1.branches.0.0.bn1.weight"]
+    weights["stage9.weight"] = torch.zeros(1)
+    with pytest.raises(DataError) as refusal:
+        load_trunk(tiny(), weights)
+    assert "1 missing: stage3.1.branches.0.0.bn1.weight; 1 unexpected: stage9.weight" in str(refusal.value)

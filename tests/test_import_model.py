@@ -95,9 +95,12 @@ def test_a_url_and_a_public_name_give_the_same_model_as_the_file(
 
 # the names under which MMPose published them
 def test_the_public_names_are_mmposes_files() -> None:
-    assert import_model.PUBLIC_FOLDER == "https://download.openmmlab.com/mmpose/top_down/mspn/"
+    assert import_model.PUBLIC_FOLDER == "https://download.openmmlab.com/mmpose/top_down/"
     digits = {name: file.split("-")[1][:8] for name, file in import_model.PUBLIC_FILES.items()}
-    assert digits == {"mspn_50": "8fbfb5d0", "2xmspn_50": "c8765a5c", "3xmspn_50": "e348f18e", "4xmspn_50": "7b837afb"}
+    assert digits == {"mspn_50": "8fbfb5d0", "2xmspn_50": "c8765a5c", "3xmspn_50": "e348f18e", "4xmspn_50": "7b837afb",
+                      "rsn_18": "72f4b4a7", "rsn_50": "72ffe709", "2xrsn_50": "50648f0e", "3xrsn_50": "58f57a68",
+                      "hrnet_w32": "c78dce93", "hrnet_w48": "b9e0b3ab"}
+    assert {file.split("/")[0] for file in import_model.PUBLIC_FILES.values()} == {"mspn", "rsn", "hrnet"}
 
 
 def test_importing_again_does_nothing_and_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

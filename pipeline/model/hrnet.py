@@ -8,14 +8,15 @@ A module's name is its part of the state-dict key, and the keys are the authors'
 published weight file. This file knows nothing of losses, devices, files or processes.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.network import NetworkConfig, PoseNetwork
+from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
 from pipeline.model.settings import HRNetSettings
 
 EXPANSION = 4  # a bottleneck gives out four times its width (He et al. 2016)
@@ -183,3 +184,23 @@ def initialise(network: HRNet) -> None:
             nn.init.normal_(module.weight, std=0.001)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def load_trunk(network: HRNet, state_dict: Mapping[str, Tensor], *, colour: str = "RGB") -> None:
+    """Begin everything but the head from the authors' ImageNet classifier (`hrnet_w32-36af842e.pth`, and W48's).
+
+    colour  channel order of the network's input; the classifier's is RGB, so "BGR" mirrors the first convolution
+    What the classifier alone has is left out: its heads, and the coarser outputs of its last module. Any other entry
+    that is missing, left over or of another shape is refused with DataError; only batch norms' counters may be absent.
+    """
+    assert colour in ("BGR", "RGB"), colour
+    ours = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("final_layer.")}
+    last = len(network.stage4) - 1
+    heads = re.compile(rf"(incre_modules|downsamp_modules|final_layer|classifier|stage4\.{last}\.fuse_layers\.[123])\.")
+    found = {name: tensor for name, tensor in state_dict.items() if not heads.match(name)}
+    expected = {name: tensor for name, tensor in ours.items()
+                if name in found or not name.endswith("num_batches_tracked")}
+    check_tensors(found, expected, source="the HRNet classifier's state dict")
+    with torch.no_grad():
+        for name in expected:
+            ours[name].copy_(found[name].flip(1) if name == "conv1.weight" and colour == "BGR" else found[name])
