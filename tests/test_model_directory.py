@@ -15,6 +15,7 @@ from pipeline.errors import DataError
 from pipeline.model.decode import Decoding
 from pipeline.model.directory import ModelSpec, load_model, model_digest, normalise_crops, read_spec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model.settings import GaussianLoss
 from pipeline.pose.skeleton import COCO17, MPII16
 
 # Written once by version 1. Every later version must read it for ever.
@@ -136,6 +137,12 @@ def test_a_spec_that_is_no_spec_is_refused(directory: Path, content: str, said: 
     (directory / "model.json").write_text(content)
     with pytest.raises(DataError, match=rf"model\.json.*{said}"):
         read_spec(directory)
+
+
+def test_a_loss_that_is_not_its_authors_is_read_as_it_was_written(directory: Path) -> None:
+    loss = GaussianLoss(sigma=3.0, radius=9)
+    change_spec(directory, loss=loss.model_dump() | {"later": 1})
+    assert read_spec(directory).loss == loss
 
 
 @pytest.mark.parametrize(("changes", "said"), [

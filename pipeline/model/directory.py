@@ -111,10 +111,10 @@ class ModelSpec(BaseModel):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _loss_without_unknown_keys(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, dict) or "architecture" not in info.data:
+    def _loss_without_unknown_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
             return value
-        return _known(value, type(ARCHITECTURES[info.data["architecture"]].loss))
+        return _known(value, GaussianLoss if value.get("kind") == "gaussian" else CoarseToFineLoss)
 
     @model_validator(mode="after")
     def _joints_are_as_many(self) -> "ModelSpec":
