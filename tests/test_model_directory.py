@@ -145,6 +145,12 @@ def test_a_loss_that_is_not_its_authors_is_read_as_it_was_written(directory: Pat
     assert read_spec(directory).loss == loss
 
 
+def test_an_architecture_that_this_version_does_not_know_is_refused_with_those_it_does(directory: Path) -> None:
+    change_spec(directory, architecture="transformer")
+    with pytest.raises(DataError, match="architecture.*known architectures are mspn, rsn, hrnet, hourglass"):
+        read_spec(directory)
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"skeleton": MPII16.to_json()}, "the skeleton has 16 joints, the network 17"), ({"skeleton": {}}, "name"),
     ({"colour": "GRB"}, "colour"), ({"std": (0.2, 0.2, 0)}, "std"), ({"box_padding_wh": (1.2, -1)}, "box_padding_wh"),
