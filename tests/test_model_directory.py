@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_its_authors_is_read_as_it_was_written(directory: Pat
 
 def test_an_architecture_that_this_version_does_not_know_is_refused_with_those_it_does(directory: Path) -> None:
     change_spec(directory, architecture="transformer")
-    with pytest.raises(DataError, match="architecture.*known architectures are mspn, rsn, hrnet, hourglass"):
+    with pytest.raises(DataError, match=r"architecture.*known architectures are .*hrnet"):
         read_spec(directory)
 
 
