@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.errors import DataError
 from pipeline.model.directory import ModelSpec, load_model, model_digest, normalise_crops, read_spec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
-from pipeline.model.settings import Decoding
+from pipeline.model.settings import Decoding, GaussianLoss
 from pipeline.pose.skeleton import COCO17, MPII16
 
 # Written once by version 1. Every later version must read it for ever.
@@ -135,6 +135,18 @@ def test_keys_that_this_version_does_not_know_are_ignored_at_every_level(directo
 def test_a_spec_that_is_no_spec_is_refused(directory: Path, content: str, said: str) -> None:
     (directory / "model.json").write_text(content)
     with pytest.raises(DataError, match=rf"model\.json.*{said}"):
+        read_spec(directory)
+
+
+def test_a_loss_that_is_not_its_authors_is_read_as_it_was_written(directory: Path) -> None:
+    loss = GaussianLoss(sigma=3.0, radius=9)
+    change_spec(directory, loss=loss.model_dump() | {"later": 1})
+    assert read_spec(directory).loss == loss
+
+
+def test_an_architecture_that_this_version_does_not_know_is_refused_with_those_it_does(directory: Path) -> None:
+    change_spec(directory, architecture="transformer")
+    with pytest.raises(DataError, match=r"architecture.*known architectures are .*hrnet"):
         read_spec(directory)
 
 

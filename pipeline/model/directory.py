@@ -34,6 +34,7 @@ from pipeline.model.network import NetworkConfig, PoseNetwork, check_tensors
 from pipeline.model.settings import (
     ARCHITECTURES,
     DEFAULT,
+    KNOWN_ARCHITECTURES,
     AnyLoss,
     CoarseToFineLoss,
     Decoding,
@@ -59,8 +60,8 @@ NORMALISATIONS: Final = {"imagenet": (IMAGENET_MEAN_RGB, IMAGENET_STD_RGB), "non
 class ModelSpec(BaseModel):
     """What model.json says. Keys that this version doesn't know are ignored, at every level.
 
-    architecture    mspn, rsn, hrnet or hourglass; the network's own, unless it is read from a file
-    network         which one of these; its input_size_wh is what crops must have
+    architecture    mspn, rsn, ...: the network's own, unless it is read from a file
+    network         which one of it; its input_size_wh is what crops must have
     skeleton        the joints, as `Skeleton.to_json` gives them, as many as the network has
     colour          order of the network's input channels
     mean, std       of values of 0 to 1, in the network's channel order; the authors' by default
@@ -73,7 +74,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     version: Literal[1] = 1
-    architecture: Literal["mspn", "rsn", "hrnet", "hourglass"] = "mspn"
+    architecture: str = DEFAULT
     network: SerializeAsAny[NetworkConfig]
     skeleton: dict[str, Any]
     colour: Literal["BGR", "RGB"] = "BGR"
@@ -96,6 +97,13 @@ class ModelSpec(BaseModel):
         own = {"architecture": network.architecture} if isinstance(network, NetworkConfig) else {}
         return {"architecture": DEFAULT} | values | own
 
+    @field_validator("architecture")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in ARCHITECTURES:
+            raise ValueError(KNOWN_ARCHITECTURES)
+        return value
+
     @field_validator("network", mode="before")
     @classmethod
     def _network_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
@@ -111,10 +119,10 @@ class ModelSpec(BaseModel):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _loss_without_unknown_keys(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, dict) or "architecture" not in info.data:
+    def _loss_without_unknown_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
             return value
-        return _known(value, type(ARCHITECTURES[info.data["architecture"]].loss))
+        return _known(value, GaussianLoss if value.get("kind") == "gaussian" else CoarseToFineLoss)
 
     @model_validator(mode="after")
     def _joints_are_as_many(self) -> "ModelSpec":

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.architectures import make_network
 from pipeline.model.loss import OHKM_JOINTS, UNITS, mspn_loss
 from pipeline.model.mspn import MSPN, MSPNConfig
+from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.targets import KERNELS
 
 Shape = tuple[int, ...]
@@ -34,6 +36,15 @@ class Lesson(NamedTuple):
     hardest: int | None
 
 
+class Seen(NamedTuple):
+    """A network, its modules' passages by name, the names of the modules that `predict` calls, all heatmaps' shape."""
+
+    network: PoseNetwork
+    passages: dict[str, Passage]
+    predicting: set[str]
+    heatmap: Shape
+
+
 class Facts(NamedTuple):
     """All that is drawn: the network, its modules' passages, its heads' lessons (stage by stage, coarse to fine),
     the names of the modules that `predict` calls, and the shape of all heatmaps."""
@@ -47,15 +58,22 @@ class Facts(NamedTuple):
 
 def facts_of(config: MSPNConfig) -> Facts:
     """Build the network without data and watch it."""
+    seen = look_at(config)
+    assert isinstance(seen.network, MSPN)
+    return Facts(seen.network, seen.passages, lessons(config.num_stages), seen.predicting, seen.heatmap)
+
+
+def look_at(config: NetworkConfig) -> Seen:
+    """Any network, built and run without data."""
     with torch.device("meta"):
-        network = MSPN(config).eval()
+        network = make_network(config).eval()
         images = torch.empty(1, 3, *config.input_size_wh[::-1])
     with torch.inference_mode():
         with _watched(network) as passages:
             heatmap = network(images)[-1][-1].shape
         with _watched(network) as predicting:
             network.predict(images)
-    return Facts(network, passages, lessons(config.num_stages), set(predicting), tuple(heatmap[1:]))
+    return Seen(network, passages, set(predicting), tuple(heatmap[1:]))
 
 
 @contextmanager

@@ -4,7 +4,9 @@
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, Tag, model_validator
 from pydantic.functional_validators import AfterValidator
@@ -108,17 +110,6 @@ class HourglassSettings(NetworkSettings):
     def side_multiple(self) -> int:
         """64 by default."""
         return 4 << self.depth
-
-
-def _architecture_of(value: Any) -> Any:
-    return value.get("architecture", DEFAULT) if isinstance(value, dict) else getattr(value, "architecture", DEFAULT)
-
-
-AnyNetwork = Annotated[
-    Annotated[MSPNSettings, Tag("mspn")] | Annotated[RSNSettings, Tag("rsn")] | Annotated[HRNetSettings, Tag("hrnet")]
-    | Annotated[HourglassSettings, Tag("hourglass")],
-    Discriminator(_architecture_of, custom_error_type="architecture",
-                  custom_error_message="known architectures are mspn, rsn, hrnet and hourglass")]
 
 
 # --- losses -------------------------------------------------------------------------------------------------------
@@ -238,3 +229,16 @@ ARCHITECTURES = {
         InferenceConfig(colour="RGB", normalisation="none", box_padding_wh=(1.25, 1.25), decoding="hourglass",
                         blur_kernel=1)),
 }
+
+
+def _architecture_of(value: Any) -> Any:
+    return value.get("architecture", DEFAULT) if isinstance(value, dict) else getattr(value, "architecture", DEFAULT)
+
+
+KNOWN_ARCHITECTURES = f"known architectures are {', '.join(ARCHITECTURES)}"
+if TYPE_CHECKING:
+    AnyNetwork = NetworkSettings
+else:
+    AnyNetwork = Annotated[
+        reduce(or_, (Annotated[known.settings, Tag(name)] for name, known in ARCHITECTURES.items())),
+        Discriminator(_architecture_of, custom_error_type="architecture", custom_error_message=KNOWN_ARCHITECTURES)]
