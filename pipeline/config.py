@@ -199,7 +199,8 @@ class TrainConfig(Settings):
     @classmethod
     def _has_its_heads(cls, loss: AnyLoss, info: ValidationInfo) -> AnyLoss:
         if "network" in info.data and loss.kind == "coarse-to-fine" and _architecture(info.data).loss.kind != loss.kind:
-            raise ValueError(f"coarse-to-fine is for mspn and rsn, whose stages have four heads; "
+            able = (name for name, known in ARCHITECTURES.items() if known.loss.kind == loss.kind)
+            raise ValueError(f"coarse-to-fine is for {' and '.join(able)}, whose stages have four heads; "
                              f"{info.data['network'].architecture} learns with kind gaussian")
         return loss
 
