@@ -241,6 +241,13 @@ def test_hrnets_bare_state_dict_gives_its_way_of_cropping_and_decoding(tmp_path:
     beside_official(weights, path)
 
 
+def test_a_checkpoint_of_hrnets_own_training_is_read_in_spite_of_its_models_name(tmp_path: Path) -> None:
+    weights = hrnet()
+    content = {"epoch": 210, "model": "pose_hrnet", "perf": 0.744, "optimizer": {"state": {}},
+               "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}, "best_state_dict": weights}
+    beside_official(weights, saved(tmp_path, content, "checkpoint.pth"))
+
+
 def hrnet(**settings: Any) -> dict[str, Tensor]:
     config = {"num_joints": 17, "width": 8, "modules": (1, 2, 1), "blocks": 2, "bottlenecks": 3, "stem_channels": 16}
     return drawn(HRNet(HRNetConfig(**config | settings))).state_dict()

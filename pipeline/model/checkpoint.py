@@ -95,7 +95,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: {_why_unreadable(error)}") from None
     state = content
     if isinstance(content, Mapping):
-        state = next((content[key] for key in ("model", "state_dict") if key in content), content)
+        inner = (content.get(key) for key in ("model", "state_dict"))
+        state = next((each for each in inner if isinstance(each, Mapping)), content)  # HRNet's `model` is its name
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         found = f"{list(content)[:8]}" if isinstance(content, Mapping) else type(content).__name__
         raise DataError(f"{path} holds no state dict, alone or under `model` or `state_dict`; found {found}. "
