@@ -1,13 +1,11 @@
-"""What the tests of every network need: weights that answer something, batch norms folded away, the work counted."""
+"""What the tests of every network need: weights that answer something, and the work counted."""
 
-import copy
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.model.network import PoseNetwork
@@ -25,15 +23,6 @@ def drawn(network: Network, *, seed: int = 1) -> Network:
     """The same network with weights that keep every layer's output near 1, in evaluation mode."""
     network.load_state_dict(made_weights(keys_of(network), seed))
     return network.eval()
-
-
-def folded(network: Network) -> Network:
-    """A copy whose foldable batch norms are in their convolutions' weights."""
-    network = copy.deepcopy(network)
-    for conv, norm in network.foldable():
-        network.set_submodule(conv, fuse_conv_bn_eval(network.get_submodule(conv), network.get_submodule(norm)))
-        network.set_submodule(norm, torch.nn.Identity())
-    return network
 
 
 def gmacs(function: Callable[[Tensor], object], *, size_wh: tuple[int, int]) -> float:

@@ -1,6 +1,5 @@
 """Stacked Hourglass, held against the authors' answers for the same weights (tests/golden/README.md) and counts."""
 
-import copy
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.model.hourglass import HourglassConfig, Residual, StackedHourglass
-from pipeline.model.recompute import recompute_activations
-from tests.networks import assert_rounded, drawn, folded, gmacs, keys_of
+from pipeline.model.inference import fold_batch_norms
+from tests.networks import assert_rounded, drawn, gmacs, keys_of
 from tests.published import GOLDEN, made_weights, published_keys
 
 TINY = {"width": 8, "depth": 2}
@@ -93,21 +92,12 @@ def test_a_picture_is_answered_alike_in_any_company() -> None:
 
 def test_batch_norms_fold_into_the_convolution_before_them_where_there_is_one() -> None:
     network, images = tiny().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    plain = folded(network)
-    left = {name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    plain = fold_batch_norms(network)
     # a residual's first reads a sum
+    left = {name for name, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
     assert left == {f"{name}.bn1" for name, module in plain.named_modules() if isinstance(module, Residual)}
     with torch.inference_mode():
         torch.testing.assert_close(plain(images), network(images))
-
-
-def test_each_stack_has_a_head_whose_output_the_heatmaps_are() -> None:
-    network, outputs = tiny(3), []
-    for [head] in network.heads:
-        network.get_submodule(head).register_forward_hook(lambda *call: outputs.append(call[-1]))
-    with torch.inference_mode():
-        stacks = network(torch.randn(1, 3, 16, 16))
-    assert all(heatmaps is output for [heatmaps], output in zip(stacks, outputs, strict=True))
 
 
 def test_all_residuals_may_be_recomputed() -> None:
@@ -115,16 +105,6 @@ def test_all_residuals_may_be_recomputed() -> None:
     blocks = list(on_meta(8).recomputed())
     assert len(blocks) == 3 + 8 * (4 * 3 + 1 + 1)
     assert {methods for _, methods in blocks} == {("forward",)}
-
-
-def test_recomputing_activations_changes_no_gradient() -> None:
-    kept, images = tiny().train(), torch.randn(2, 3, 32, 32)
-    recomputed = copy.deepcopy(kept)
-    recompute_activations(recomputed)
-    for network in (kept, recomputed):
-        sum(heatmaps.square().sum() for [heatmaps] in network(images)).backward()
-    for one, other in zip(kept.parameters(), recomputed.parameters(), strict=True):
-        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)
 
 
 def test_every_parameter_that_wants_a_gradient_gets_one_and_idle_ones_want_none() -> None:

@@ -1,6 +1,5 @@
 """HRNet, held against the authors' answers for the same weights (tests/golden/README.md) and counts."""
 
-import copy
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.hrnet import HighResolutionModule, HRNet, HRNetConfig, load_trunk
-from pipeline.model.recompute import recompute_activations
-from tests.networks import assert_rounded, drawn, folded, gmacs, keys_of
+from tests.networks import assert_rounded, drawn, gmacs, keys_of
 from tests.published import GOLDEN, made_images, made_weights, published_keys
 
 TINY = {"width": 8, "modules": (1, 2, 1), "blocks": 1, "bottlenecks": 2, "stem_channels": 8}
@@ -94,42 +92,11 @@ def test_a_picture_is_answered_alike_in_any_company() -> None:
             torch.testing.assert_close(network.predict(images[index:index + 1])[0], together[index])
 
 
-def test_every_batch_norm_folds_into_its_convolution() -> None:
-    network, images = tiny().double(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    plain = folded(network)
-    assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.inference_mode():
-        torch.testing.assert_close(plain.predict(images), network.predict(images))
-
-
-def test_the_head_is_the_last_convolution_and_its_output_the_heatmaps() -> None:
-    network, outputs = tiny(), []
-    network.get_submodule(network.heads[0][0]).register_forward_hook(lambda *call: outputs.append(call[-1]))
-    with torch.inference_mode():
-        assert network.predict(torch.randn(1, 3, 32, 32)) is outputs[0]
-
-
 def test_all_blocks_may_be_recomputed() -> None:
     # 4 bottlenecks; 1 × 2, 4 × 3 and 3 × 4 branches of 4 blocks
     blocks = list(on_meta(32).recomputed())
     assert len(blocks) == 4 + 4 * (2 + 12 + 12)
     assert {methods for _, methods in blocks} == {("forward",)}
-
-
-def test_recomputing_activations_changes_no_gradient() -> None:
-    kept, images = tiny().train(), torch.randn(2, 3, 64, 64)
-    recomputed = copy.deepcopy(kept)
-    recompute_activations(recomputed)
-    for network in (kept, recomputed):
-        sum(heatmaps.square().sum() for [heatmaps] in network(images)).backward()
-    for one, other in zip(kept.parameters(), recomputed.parameters(), strict=True):
-        assert one.grad is other.grad is None or torch.equal(one.grad, other.grad)
-
-
-def test_every_parameter_of_a_training_step_gets_a_gradient() -> None:
-    network = tiny().train()
-    network.predict(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
 
 
 def test_a_new_network_is_drawn_as_the_authors_draw() -> None:
