@@ -6,8 +6,8 @@
 cost   every published size at one input size: parameters, multiplications of `predict`, persons/s of the bare heatmaps
        (no flip test), in turns, so that a busy machine is busy for all of them.
 train  a small network of each kind, of equal multiplications, by the jobs: the same persons in the same order, the same
-       augmentation, batches and schedule; its own loss, targets, colours, padding and decoding. The rate is that of two
-       whose short run knows more joints of the persons trained on. The same command goes on where it was.
+       augmentation, batches and learning rate (Adam's steps don't grow with a loss); its own loss, targets, colours,
+       padding and decoding. The same command goes on where it was.
 """
 
 import argparse
@@ -78,8 +78,6 @@ SMALL: dict[str, NetworkSettings] = {
     "hourglass": HourglassSettings(input_size_wh=SMALL_WH, num_stacks=2, width=64, depth=3),
 }
 RECIPE = "benchmarks/architectures.yaml"
-RATES_PER_WORKER = (0.0005, 0.002)
-SHORT = 5  # a short run has a fifth of the iterations
 # heatmaps up to 255 take more iterations than there are, unless they begin higher (jobs/demo.yaml); those up to 1 don't
 HEATMAP_SCALES = {"coarse-to-fine": 8.0, "gaussian": 1.0}
 NO_TRACKING = ("--set", "tracking.enabled=false")
@@ -102,6 +100,7 @@ def main() -> int:
     train.add_argument("--lspet", type=Path, required=True)
     train.add_argument("--output", type=Path, required=True)
     train.add_argument("--iterations", type=int, default=500)
+    train.add_argument("--rate", type=float, default=0.001, help="of each worker, at its peak")
     train.add_argument("--only", help=f"names with semicolons of: {'; '.join(SMALL)}")
     options = parser.parse_args()
     return print_costs(options) if options.part == "cost" else print_trainings(options)
@@ -208,13 +207,12 @@ def print_trainings(options: argparse.Namespace) -> int:
     for name, split, annotations, most in SPLITS:
         shard(getattr(options, name), output / f"{name}-{split}", annotations, most)
     networks = chosen(SMALL, options.only)
-    rates = {name: best_rate(settings, output, options.iterations // SHORT) for name, settings in networks.items()}
-    rows = [learn(name, settings, output, rates[name], options) for name, settings in networks.items()]
-    print(f"{'network':10} {'parameters':>10} {'GMAC':>6} {'rate':>6} {'COCO: AP':>9} {'AP50':>6} {'PCK':>6} "
+    rows = [learn(name, settings, output, options) for name, settings in networks.items()]
+    print(f"{'network':10} {'parameters':>10} {'GMAC':>6} {'COCO: AP':>9} {'AP50':>6} {'PCK':>6} "
           f"{'LSPET: AP':>10} {'PCK':>6}")
     for row in rows:
         coco, lspet = row["coco"], row["lspet"]
-        print(f"{row['network']:10} {row['parameters']:10,} {row['macs'] / 1e9:6.2f} {row['rate']:6.4f} "
+        print(f"{row['network']:10} {row['parameters']:10,} {row['macs'] / 1e9:6.2f} "
               f"{coco['ap']:9.3f} {coco['ap50']:6.3f} {coco['pck']:6.3f} {lspet['ap']:10.3f} {lspet['pck']:6.3f}")
     (output / "architectures.json").write_text(json.dumps(rows, indent=1))
     return 0
@@ -231,28 +229,15 @@ def annotations_of(folder: Path, name: str) -> str:
     return f"{folder}/annotations/person_keypoints_{name}.json"
 
 
-def best_rate(settings: NetworkSettings, output: Path, iterations: int) -> float:
-    """The rate per worker whose short run finds more joints of COCO's training persons; not those of val."""
-    found = {}
-    for rate in RATES_PER_WORKER:
-        run = train(settings, output, f"{settings.architecture}-{rate}", rate, iterations,
-                    "--val", f"{output}/coco-train", "--set", "validate_persons=300",
-                    "--set", f"validate_every={iterations}")
-        found[rate] = run["evaluation"]["pck"]
-    print(f"{settings.architecture}: PCK after {iterations} iterations by rate: {found}", flush=True)
-    return max(found, key=lambda rate: found[rate])
-
-
-def train(settings: NetworkSettings, output: Path, name: str, rate: float, iterations: int,
-          *more: str) -> dict[str, Any]:
+def train(settings: NetworkSettings, model: Path, options: argparse.Namespace) -> None:
     """Train on both sets, COCO's persons three times as often as LSPET's."""
     scale = HEATMAP_SCALES[ARCHITECTURES[settings.architecture].loss.kind]
-    changes = {"network": settings.model_dump(), "heatmap_scale": scale, "validate_every": max(1, iterations // 4),
-               "optimiser.iterations": iterations, "optimiser.warmup_iterations": iterations // 20,
-               "optimiser.learning_rate_per_worker": rate}
-    return job("train", "--config", RECIPE, "--data", f"{{uri: {output}/coco-train, weight: 3}}", "--data",
-               f"{output}/lspet-train", "--output", f"{output}/{name}",
-               *assignments(changes), *more)
+    changes = {"network": settings.model_dump(), "heatmap_scale": scale,
+               "validate_every": max(1, options.iterations // 4), "optimiser.iterations": options.iterations,
+               "optimiser.warmup_iterations": options.iterations // 20,
+               "optimiser.learning_rate_per_worker": options.rate}
+    job("train", "--config", RECIPE, "--data", f"{{uri: {model.parent}/coco-train, weight: 3}}", "--data",
+        f"{model.parent}/lspet-train", "--output", str(model), *assignments(changes))
 
 
 def assignments(changes: dict[str, Any]) -> Iterable[str]:
@@ -261,19 +246,19 @@ def assignments(changes: dict[str, Any]) -> Iterable[str]:
         yield from ("--set", f"{name}={json.dumps(value)}")
 
 
-def learn(name: str, settings: NetworkSettings, output: Path, rate: float,
-          options: argparse.Namespace) -> dict[str, Any]:
+def learn(name: str, settings: NetworkSettings, output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train a network, annotate the val pictures of both sets in their annotated boxes, evaluate."""
-    train(settings, output, name, rate, options.iterations)
+    model = output / f"{name}-{options.iterations}-{options.rate}"
+    train(settings, model, options)
     evaluations = {}
     for folder, split, annotations, _ in SPLITS:
         if split == "val":
-            keypoints = f"{output}/{name}-{folder}"
-            job("annotate", "--input", f"{output}/{folder}-val", "--model", f"{output}/{name}", "--output", keypoints,
+            keypoints = f"{model}-{folder}"
+            job("annotate", "--input", f"{output}/{folder}-val", "--model", str(model), "--output", keypoints,
                 "--set", "precision=float32", *NO_TRACKING)
             evaluations[folder] = job("evaluate", "--keypoints", keypoints, "--annotations",
                                       annotations_of(getattr(options, folder), annotations), *NO_TRACKING)
-    return {"network": name, **size_of(settings), "rate": rate, "iterations": options.iterations} | evaluations
+    return {"network": name, **size_of(settings), "iterations": options.iterations, "rate": options.rate} | evaluations
 
 
 if __name__ == "__main__":
