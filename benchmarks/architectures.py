@@ -1,22 +1,22 @@
 """MSPN beside the networks that it is compared with: what each costs, and what each learns in equal training.
 
-    python -m benchmarks.architectures cost [--only NAMES] [--output FILE]
+    python -m benchmarks.architectures cost [--only NAMES] [--backends NAMES] [--output FILE]
     python -m benchmarks.architectures train --coco FOLDER --lspet FOLDER --output DIR [--iterations N] [--only NAMES]
 
-cost   every published size at one input size: parameters, multiplications of `predict`, persons/s of the bare heatmaps
-       (no flip test), in turns, so that a busy machine is busy for all of them.
-train  a small network of each kind, of equal multiplications, by the jobs: the same persons in the same order, the same
-       augmentation, batches and learning rate (Adam's steps don't grow with a loss); its own loss, targets, colours,
-       padding and decoding. The same command goes on where it was.
+cost   every published size at one input size: parameters, multiplications of `predict`, and persons/s of the bare
+       heatmaps (no flip test), in turns: on a CPU by the processor's seconds of all threads, which hardly depend on
+       what else the machine does; on a GPU by the clock.
+train  a small network of each kind, of equal multiplications, by the jobs: the same persons in the same order, the
+       same augmentation, batches and learning rate (Adam's steps don't grow with a loss); its own loss, targets,
+       colours, padding and decoding. The same command goes on where it was.
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from pipeline.model.inference import (
     native_precision,
     plain_heatmaps,
 )
-from pipeline.model.network import PoseNetwork
 from pipeline.model.settings import (
     ARCHITECTURES,
     HourglassSettings,
@@ -65,6 +64,7 @@ PUBLISHED: dict[str, NetworkSettings] = {
     "Hourglass, 8 stacks": HourglassSettings(input_size_wh=SIZE_WH, num_stacks=8),
 }
 BATCH = 8
+BACKENDS = (PLAIN, CPU, OPENVINO, CUDA)
 
 SMALL_WH = (96, 128)
 # 0.33 to 0.34 GMAC: the hourglass's beginning, which has no width of its own, takes 0.26 of them
@@ -93,7 +93,8 @@ def main() -> int:
     cost = parts.add_parser("cost")
     cost.add_argument("--only", help=f"names with semicolons of: {'; '.join(PUBLISHED)}")
     cost.add_argument("--rounds", type=int, default=5)
-    cost.add_argument("--threads", type=int, default=os.cpu_count())
+    cost.add_argument("--threads", type=int, default=1)
+    cost.add_argument("--backends", default=";".join(BACKENDS), help="those of them that are here; the default is all")
     cost.add_argument("--output", type=Path)
     train = parts.add_parser("train")
     train.add_argument("--coco", type=Path, required=True)
@@ -132,12 +133,11 @@ def size_of(settings: NetworkSettings) -> dict[str, float]:
 def print_costs(options: argparse.Namespace) -> int:
     """A row for each network and way to compute it."""
     torch.set_num_threads(options.threads)
-    networks = chosen(PUBLISHED, options.only)
-    sizes = {name: size_of(settings) for name, settings in networks.items()}
-    ways = {(name, *way): open_way(settings, *way, options.threads)
-            for name, settings in networks.items() for way in ways_here()}
-    seconds = time_in_turns(ways, options.rounds)
-    rows = [describe(name, way, sizes[name], seconds) for name in networks for way in ways_here()]
+    networks, ways = chosen(PUBLISHED, options.only), ways_here(options.backends.split(";"))
+    passes = {(name, way): open_pass(settings, way, options.threads)
+              for name, settings in networks.items() for way in ways}
+    seconds = time_in_turns(passes, options.rounds)
+    rows = [describe(name, way, settings, seconds) for name, settings in networks.items() for way in ways]
     print(f"{'network':20} {'parameters':>12} {'GMAC':>6} {'backend':9} {'precision':9} {'persons/s':>9} {'times':>6}")
     for row in rows:
         print(f"{row['network']:20} {row['parameters']:12,} {row['macs'] / 1e9:6.2f} {row['backend']:9} "
@@ -148,53 +148,51 @@ def print_costs(options: argparse.Namespace) -> int:
 
 
 Way = tuple[str, str]  # backend, precision
+Pass = Callable[[], float]  # a batch through a network; its seconds
+Seconds = dict[tuple[str, Way], list[float]]  # of each network and way, by round
 
 
-def ways_here() -> list[Way]:
-    """The network as it is, and the fastest way on each kind of device."""
-    fast = OPENVINO if has_openvino() else CPU
-    gpu = [(CUDA, "float32"), (CUDA, native_precision(CUDA))] if torch.cuda.is_available() else []
-    return [(PLAIN, "float32"), (fast, native_precision(fast)), *gpu]
+def ways_here(backends: Collection[str]) -> list[Way]:
+    """The network as it is in float32, and the other backends in the precision that this machine computes natively."""
+    if unknown := set(backends) - set(BACKENDS):
+        sys.exit(f"--backends: unknown are {', '.join(sorted(unknown))}; there are: {'; '.join(BACKENDS)}.")
+    here = {PLAIN: True, CPU: True, OPENVINO: has_openvino(), CUDA: torch.cuda.is_available()}
+    return [(backend, "float32" if backend == PLAIN else native_precision(backend))
+            for backend in BACKENDS if backend in backends and here[backend]]
 
 
-def open_way(settings: NetworkSettings, backend: str, precision: str, threads: int) -> Callable[[], object]:
-    """One pass of a batch through a network with random weights; its answer is waited for."""
-    began = time.monotonic()
-    config = config_of(settings, num_joints=NUM_JOINTS)
-    network: PoseNetwork = make_network(config).eval()
+def open_pass(settings: NetworkSettings, way: Way, threads: int) -> Pass:
+    """A pass of a batch through a network with random weights, which has been done once."""
+    began, (backend, precision) = time.monotonic(), way
+    network = make_network(config_of(settings, num_joints=NUM_JOINTS)).eval()
     heatmaps: Heatmaps = (plain_heatmaps(network, precision) if backend == PLAIN else
                           fast_heatmaps(network, backend, precision, batch_size=BATCH, threads=threads))
-    width, height = config.input_size_wh
+    width, height = settings.input_size_wh
     images = torch.rand(BATCH, 3, height, width, device=CUDA if backend == CUDA else CPU)
+    clock = time.perf_counter if backend == CUDA else time.process_time
 
     @torch.inference_mode()
-    def once() -> object:
-        return heatmaps(images).cpu()
+    def seconds() -> float:
+        before = clock()
+        heatmaps(images).cpu()  # waits for a GPU
+        return clock() - before
 
-    once()
-    print(f"{config.architecture} by {backend} is ready after {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return once
-
-
-Seconds = dict[tuple[str, str, str], list[float]]
-
-
-def time_in_turns(ways: dict[tuple[str, str, str], Callable[[], object]], rounds: int) -> Seconds:
-    """Of each way the seconds of a pass in each round."""
-    seconds: Seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, once in ways.items():
-            began = time.perf_counter()
-            once()
-            seconds[name].append(time.perf_counter() - began)
+    seconds()
+    print(f"{settings.architecture} by {backend} is ready after {time.monotonic() - began:.0f} s", file=sys.stderr)
     return seconds
 
 
-def describe(name: str, way: Way, size: dict[str, float], seconds: Seconds) -> dict[str, Any]:
+def time_in_turns(passes: dict[tuple[str, Way], Pass], rounds: int) -> Seconds:
+    """Each pass once in each round."""
+    measured = [{name: seconds() for name, seconds in passes.items()} for _ in range(rounds)]
+    return {name: [one[name] for one in measured] for name in passes}
+
+
+def describe(name: str, way: Way, settings: NetworkSettings, seconds: Seconds) -> dict[str, Any]:
     """One row: the median of the rounds; times: of the reference's persons/s in the same round and way, if it ran."""
-    own = seconds[name, *way]
-    reference = seconds.get((REFERENCE, *way), [float("nan")] * len(own))
-    return {"network": name, **size, "backend": way[0], "precision": way[1],
+    own = seconds[name, way]
+    reference = seconds.get((REFERENCE, way), [float("nan")] * len(own))
+    return {"network": name, **size_of(settings), "backend": way[0], "precision": way[1],
             "persons/s": BATCH / statistics.median(own), "times": statistics.median(map(truediv, reference, own))}
 
 
