@@ -3,7 +3,7 @@
     python -m benchmarks.architectures cost [--only NAMES] [--backends NAMES] [--output FILE]
     python -m benchmarks.architectures train --coco FOLDER --lspet FOLDER --output DIR [--iterations N] [--only NAMES]
 
-cost   every published size at one input size: parameters, multiplications of `predict`, and persons/s of the bare
+cost   networks of full size at one input size: parameters, multiplications of `predict`, and persons/s of the bare
        heatmaps (no flip test), in turns: on a CPU by the processor's seconds of all threads, which hardly depend on
        what else the machine does; on a GPU by the clock.
 train  a small network of each kind, of equal multiplications, by the jobs: the same persons in the same order, the
@@ -50,7 +50,7 @@ NUM_JOINTS = 17
 REFERENCE = "MSPN, 2 stages"
 RESNET_50 = (3, 4, 6, 3)
 SIZE_WH = (192, 256)
-PUBLISHED: dict[str, NetworkSettings] = {
+FULL: dict[str, NetworkSettings] = {
     "MSPN, 1 stage": MSPNSettings(num_stages=1),
     REFERENCE: MSPNSettings(num_stages=2),
     "MSPN, 4 stages": MSPNSettings(num_stages=4),
@@ -91,8 +91,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
     cost = parts.add_parser("cost")
-    cost.add_argument("--only", help=f"names with semicolons of: {'; '.join(PUBLISHED)}")
-    cost.add_argument("--rounds", type=int, default=5)
+    cost.add_argument("--only", help=f"names with semicolons of: {'; '.join(FULL)}")
+    cost.add_argument("--rounds", type=int, default=3)
     cost.add_argument("--threads", type=int, default=1)
     cost.add_argument("--backends", default=";".join(BACKENDS), help="those of them that are here; the default is all")
     cost.add_argument("--output", type=Path)
@@ -133,7 +133,7 @@ def size_of(settings: NetworkSettings) -> dict[str, float]:
 def print_costs(options: argparse.Namespace) -> int:
     """A row for each network and way to compute it."""
     torch.set_num_threads(options.threads)
-    networks, ways = chosen(PUBLISHED, options.only), ways_here(options.backends.split(";"))
+    networks, ways = chosen(FULL, options.only), ways_here(options.backends.split(";"))
     passes = {(name, way): open_pass(settings, way, options.threads)
               for name, settings in networks.items() for way in ways}
     seconds = time_in_turns(passes, options.rounds)
