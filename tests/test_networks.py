@@ -23,7 +23,7 @@ from tests.networks import drawn
 
 SMALL: dict[str, dict[str, Any]] = {
     "mspn": {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_channels": 4, "upsample_channels": 8},
-    "rsn": {"num_stages": 2, "blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_channels": 8,
+    "rsn": {"num_stages": 1, "blocks": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "stem_channels": 8,
             "upsample_channels": 8},
     "hrnet": {"width": 4, "modules": (1, 1, 1), "blocks": 1, "bottlenecks": 1, "stem_channels": 4},
     "hourglass": {"width": 8},
@@ -140,7 +140,7 @@ def test_its_directory_gives_back_network_and_specification(name: str, tmp_path:
         assert torch.equal(loaded.predict(images := torch.randn(1, 3, 64, 64)), network.predict(images))
 
 
-@pytest.mark.parametrize("backend", ["plain", "cpu", "openvino"])
+@pytest.mark.parametrize("backend", ["plain", "cpu", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_every_backend_gives_the_same_joints(name: str, backend: str, tmp_path: Path) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino", reason="the optional package openvino is not installed")
