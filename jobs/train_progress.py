@@ -81,7 +81,7 @@ class Progress:
             return
         optimiser = self.worker.task.config.optimiser
         left = (optimiser.iterations - self.worker.iteration) * optimiser.batch_size_per_worker * self.worker.world
-        logger.info("iteration %d of %d: loss %.5g, rate %.2e, %.1f samples/s, %.0f %% waiting for input, %s left",
+        logger.info("iteration %d of %d: loss %.4g, rate %.2e, %.1f samples/s, %.0f %% waiting for input, %s left",
                     self.worker.iteration, optimiser.iterations, metrics["loss"], metrics["learning_rate"],
                     metrics["samples_per_second"], 100 * metrics["input_wait_share"],
                     _time_text(left / metrics["samples_per_second"]))

@@ -13,8 +13,8 @@ from pipeline import tracking, training
 from pipeline.config import TrainConfig
 
 
-@pytest.mark.parametrize(("loss", "said"), [(1578.23, "loss 1578.2,"), (0.0012345, "loss 0.0012345,")])
-def test_a_loss_is_said_in_five_digits_however_small_it_is(loss: float, said: str,
+@pytest.mark.parametrize(("loss", "said"), [(1578.23, "loss 1578,"), (0.0012344, "loss 0.001234,")])
+def test_a_loss_is_said_in_four_digits_however_small_it_is(loss: float, said: str,
                                                            caplog: pytest.LogCaptureFixture) -> None:
     config: Any = TrainConfig.model_validate({"data": "shards", "output": "model"})
     worker = cast(Worker, SimpleNamespace(task=SimpleNamespace(config=config), rank=0, world=1, iteration=1))
