@@ -1,8 +1,10 @@
 """How large actors are and how many, so that each fits in one node of the cluster, or in one that is yet to come."""
 
 import logging
+from typing import Any
 
 import pytest
+import ray
 
 from jobs import annotate_pool, start_ray, train_intent
 from pipeline.config import AnnotateConfig, TrainConfig
@@ -94,6 +96,17 @@ def test_where_a_detector_makes_the_boxes_it_is_asked_how_many_detect_and_not_ho
 
 
 # --- training -----------------------------------------------------------------------------------------------------
+
+
+def test_a_ray_that_is_too_slow_to_start_ends_the_job_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", times_out)
+    with pytest.raises(OSError, match=r"timed out during startup.*on a busy machine, try again"), start_ray.start_ray():
+        pass
 
 
 def training(monkeypatch: pytest.MonkeyPatch, *, gpus: int, cores: list[int], **settings: str) -> TrainConfig:
