@@ -119,7 +119,8 @@ def test_mmposes_recipe_makes_a_model_that_is_cropped_and_decoded_as_mmposes(wor
     assert (spec.colour, spec.mean) == ("RGB", (0.485, 0.456, 0.406))
     assert (spec.box_padding_wh, spec.decoding) == ((1.25, 1.25), Decoding(variant="mmpose", blur_kernel=5))
     assert spec.source["recipe"]["inference"]["decoding"] == "mmpose"
-    assert spec.source["recipe"]["loss"] == {"ohkm_joints": 8, "occluded": "supervise", "target_peak": "joint"}
+    assert spec.source["recipe"]["loss"] == spec.loss.model_dump()
+    assert (spec.loss.occluded, spec.loss.target_peak) == ("supervise", "joint")
     assert spec.source["recipe"]["optimiser"]["decay_at"] == [2]
     assert (result["iterations"], result["samples"]) == (3, 12)
 
