@@ -233,8 +233,7 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
         earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse, job.intent), config.output, job,
                                      sorted(units)))
     tasks = [UnitTask(unit, tuple(earlier.get(unit, ()))) for unit in units]
-    pool = pool_sizes(job, actors=config.actors, detectors=config.detectors,
-                      decoders=config.decoders)
+    pool = pool_sizes(job, actors=config.actors, detectors=config.detectors, decoders=config.decoders)
     return annotate_units(config.output, job, tasks, pool=pool, reuse=config.reuse, careful=careful)
 
 

@@ -82,14 +82,6 @@ def test_any_depth_and_any_size_of_its_multiples_work(depth: int, size_wh: tuple
         assert network.predict(torch.zeros(1, 3, height, width)).shape == (1, 3, height // 4, width // 4)
 
 
-def test_a_picture_is_answered_alike_in_any_company() -> None:
-    network, images = tiny().double(), torch.randn(3, 3, 32, 16, dtype=torch.float64)
-    with torch.inference_mode():
-        together = network.predict(images)
-        for index in range(3):
-            torch.testing.assert_close(network.predict(images[index:index + 1])[0], together[index])
-
-
 def test_batch_norms_fold_into_the_convolution_before_them_where_there_is_one() -> None:
     network, images = tiny().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
     plain = fold_batch_norms(network)

@@ -71,6 +71,14 @@ def test_its_heads_are_what_gives_the_heatmaps(name: str) -> None:
             assert given[module].shape[1] == 17
 
 
+def test_a_picture_is_answered_alike_in_any_company(name: str) -> None:
+    network, images = small(name).double(), torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        together = network.predict(images)
+        for index in range(3):
+            torch.testing.assert_close(network.predict(images[index:index + 1])[0], together[index])
+
+
 def test_folded_batch_norms_change_nothing_but_rounding(name: str) -> None:
     network, images = small(name).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     folded = inference.fold_batch_norms(network)
