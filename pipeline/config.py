@@ -155,7 +155,7 @@ class TrainConfig(Settings):
     alias: str = "candidate"
     promote: str | None = Field(None, description="alias that moves to the registered model if it deserves it")
     promotion: PromotionConfig = PromotionConfig()
-    seed: int = Field(0, ge=0)
+    seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     compile: Literal["default"] | None = Field(None, description="torch.compile's mode, for the training forward")
     sync_batch_norm: bool = Field(False, description="batch norms see the batches of all workers as one")
