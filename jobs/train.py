@@ -110,9 +110,8 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], s
         if job is None:
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
             refuse_other_run(config, job, inputs, intent)
-        source = _source(config, job)
-        _log_begin(run, config, job, source)
-        _fit(TrainTask(config, sets, val, intent, source, job.about["run_id"]))
+        _log_begin(run, config, job)
+        _fit(TrainTask(config, sets, val, intent, _source(config, job), job.about["run_id"]))
 
 
 def _begun_intent(config: TrainConfig, sets: tuple[TrainingSet, ...]) -> dict[str, Any]:
@@ -164,11 +163,12 @@ def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
             **code_version()}
 
 
-def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob, source: dict[str, Any]) -> None:
+def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     data = [one.uri for one in config.data]
     run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": one_or_all(data)} | job.intent)
-    run.log_params({"packages": source["packages"]})
-    revision = source["git_revision"]
+    code = code_version()
+    run.log_params({"packages": code["packages"]})
+    revision = code["git_revision"]
     run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))
     digests = job.input["data_digest"]
     for number, (uri, digest) in enumerate(zip(data, digests if len(data) > 1 else [digests], strict=True), start=1):

@@ -4,6 +4,7 @@ A revision is ours or there is none: one of whatever repository lies around the 
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -19,8 +20,9 @@ PACKAGES = ("pose-annotation", "torch", "ray", "numpy", "opencv-python-headless"
 HERE = Path(__file__).resolve()
 
 
+@functools.cache
 def code_version() -> dict[str, Any]:
-    """`git_revision` (None, with a warning, where nothing says it), `python` and `packages`, each with its version."""
+    """`git_revision` (None, with one warning, where nothing says it), `python`, and `packages` with their versions."""
     revision = git_revision()
     if revision is None:
         logger.warning("nothing says which revision of the code this is. Set %s where the job is submitted: "

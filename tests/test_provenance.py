@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git, 
 
 
 @pytest.fixture(autouse=True)
-def nobody_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody_says_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(REVISION, raising=False)
+    code_version.cache_clear()
+    yield
+    code_version.cache_clear()
 
 
 def git(folder: Path, *arguments: str) -> str:
