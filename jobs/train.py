@@ -5,14 +5,12 @@ uint8 crops and joints. Checkpoints lie under `<output>/_checkpoints`; the same 
 whatever ended the run before. `model.json`, put last, makes the output a model directory.
 """
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,10 @@ from jobs.train_intent import (
     refuse_other_model,
     refuse_other_run,
     resolved_intent,
+    tell_if_init_moved,
     trains_on_gpus,
 )
+from jobs.train_start import try_start
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, model_registry, samples, storage, tracking
@@ -34,8 +34,11 @@ from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import TrainingSet
+from pipeline.model.compiling import why_not_compile
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
-from pipeline.model_reference import download_model, find_model, put_model
+from pipeline.model_reference import download_model, put_model
+from pipeline.promotion import refuse_reserved_alias
+from pipeline.provenance import code_version
 from pipeline.shards import ShardDataset
 from pipeline.units import FrozenJob, freeze_job, open_job
 
@@ -51,7 +54,6 @@ WORKER_ENVIRONMENT = {
     # Ray Train shows what pycocotools prints, though that is redirected
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
-PACKAGES = ("torch", "ray", "numpy", "opencv-python-headless", "pyarrow", "mlflow")
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -64,6 +66,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
     job = open_job(config.output)
+    if job is not None:
+        tell_if_init_moved(config, job)
     sets, val = open_inputs(config, {} if job is None else job.input)
     refuse_unpromotable(config, sets[0].dataset)
     assert sets[0].dataset.skeleton is not None
@@ -87,26 +91,57 @@ def _refuse_contradictions(config: TrainConfig) -> None:
     if config.keep == "best" and config.val is None:
         raise ConfigError("keep is best, but without --val nothing says which checkpoint that is. Give --val, or leave "
                           "keep=last.")
-    if config.register_as is not None and not config.tracking.enabled:
-        raise ConfigError(f"--register {config.register_as} needs MLflow: leave out tracking.enabled=false.")
+    if config.register_as is not None:
+        model_registry.refuse_bad_name(config.register_as)
+        refuse_reserved_alias(config.alias)
+        if not config.tracking.enabled:
+            raise ConfigError(f"--register {config.register_as} needs MLflow: leave out tracking.enabled=false.")
     schedule_of(config, world=1)  # refuses a warm-up that doesn't end, and steps that never come
 
 
 def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], sets: tuple[TrainingSet, ...],
            val: ShardDataset | None) -> None:
     """Everything between an open Ray and the model directory."""
-    intent = resolved_intent(config, job, sets)
-    _refuse_too_many_workers(intent["workers"], sets, config)
+    intent = _begun_intent(config, sets) if job is None else resolved_intent(config, job, sets)
     if job is not None:
         refuse_other_run(config, job, inputs, intent)
     run_id = None if job is None else job.about["run_id"]
     with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
         if job is None:
-            _put_initial_model(config)
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
             refuse_other_run(config, job, inputs, intent)
         _log_begin(run, config, job)
         _fit(TrainTask(config, sets, val, intent, _source(config, job), job.about["run_id"]))
+
+
+def _begun_intent(config: TrainConfig, sets: tuple[TrainingSet, ...]) -> dict[str, Any]:
+    """What a new run is to freeze. Refuses what no worker could begin with, while another command can still follow.
+
+    The model to begin from is put beside the run, where every worker finds the same one.
+    """
+    _refuse_uncompilable(config)
+    assert sets[0].dataset.skeleton is not None
+    with tempfile.TemporaryDirectory() as folder:
+        init = try_start(config, sets[0].dataset.skeleton, into=Path(folder))
+        intent = resolved_intent(config, None, sets, {} if init is None else init.intent)
+        _refuse_too_many_workers(intent["workers"], sets, config)
+        if init is not None:
+            put_model(init.directory, storage.join(config.output, INIT_FOLDER))
+            logger.info("begins from %s, digest %s", intent["init_reference"], intent["init_digest"][:12])
+    return intent
+
+
+def _refuse_uncompilable(config: TrainConfig) -> None:
+    """Refuse (ConfigError) to compile where a machine such as workers get lacks what that takes."""
+    if config.compile is None:
+        return
+    import ray
+
+    gpu = trains_on_gpus(config)
+    look = ray.remote(num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0)(why_not_compile)
+    if problem := ray.get(look.remote()):
+        raise ConfigError(f"compile={config.compile} needs a compiler on each worker's machine, and on one {problem}, "
+                          "or leave compile out.")
 
 
 def _refuse_too_many_workers(workers: str, sets: Sequence[TrainingSet], config: TrainConfig) -> None:
@@ -121,43 +156,19 @@ def _num_workers(workers: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def _put_initial_model(config: TrainConfig) -> None:
-    """Put the model to begin from beside the run, where every worker finds the same one."""
-    if config.init is None:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = find_model(config.init, settings=config.tracking, into=Path(folder))
-        put_model(model.directory, storage.join(config.output, INIT_FOLDER))
-
-
 def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
-    names = ("network", "optimiser", "loss", "augmentation", "inference", "workers", "precision", "trunk", "init",
-             "heatmap_scale", "compile", "sync_batch_norm", "sets")
-    recipe = {name: job.intent[name] for name in names if name in job.intent}
+    elsewhere = ("seed", "joints")
+    recipe = {name: value for name, value in job.intent.items() if name not in elsewhere}
     return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
-            "git_revision": _git_revision(), "python": sys.version.split()[0],
-            "packages": _packages()}
-
-
-def _packages() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _git_revision() -> str | None:
-    here = Path(__file__).parent
-    try:
-        answer = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"],
-                                capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
+            **code_version()}
 
 
 def _log_begin(run: tracking.Run, config: TrainConfig, job: FrozenJob) -> None:
     data = [one.uri for one in config.data]
     run.log_params(config.model_dump(mode="json", exclude={"tracking"}) | {"data": one_or_all(data)} | job.intent)
-    run.log_params({"packages": _packages()})
-    revision = _git_revision()
+    code = code_version()
+    run.log_params({"packages": code["packages"]})
+    revision = code["git_revision"]
     run.set_tags({"job": job.digest, "output": config.output} | ({"git_revision": revision} if revision else {}))
     digests = job.input["data_digest"]
     for number, (uri, digest) in enumerate(zip(data, digests if len(data) > 1 else [digests], strict=True), start=1):
@@ -260,16 +271,12 @@ def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str
     marker = storage.join(config.output, f"_registered-{config.register_as}.json")
     if storage.exists(marker):
         return dict(json.loads(storage.read_object(marker)))
-    try:
+    with _whole_without_mlflow(config, "registered"):
         registered = model_registry.register_model_directory(
             directory, str(config.register_as), tracking=config.tracking, run_id=spec.source["run_id"],
             alias=config.alias)
-    except tracking.TrackingError as error:
-        raise tracking.TrackingError(f"The model is whole, at {config.output}, but not registered: {error} The same "
-                                     "command registers it once MLflow answers; nothing is trained again.") from None
     storage.put_if_absent(marker, json.dumps(registered).encode())
     return registered
-
 
 
 def _promote(config: TrainConfig, directory: Path, spec: ModelSpec, reference: str) -> dict[str, Any]:
@@ -284,9 +291,21 @@ def _promote(config: TrainConfig, directory: Path, spec: ModelSpec, reference: s
     # --val as it was when this model was trained, unless another set is named
     data = (open_frozen_set(rules.data, rules.version) if rules.data is not None
             else open_frozen_set(str(config.val), rules.version or spec.source["val_version"]))
-    candidate = model_registry.registered_version(reference, tracking=config.tracking)
-    assert candidate is not None
-    decided = dataclasses.asdict(promote(candidate, str(config.promote), data, rules=rules, settings=config.tracking,
-                                         expected=model_registry.file_sha256(directory)))
+    with _whole_without_mlflow(config, f"compared with @{config.promote}"):
+        candidate = model_registry.registered_version(reference, tracking=config.tracking)
+        assert candidate is not None
+        decided = dataclasses.asdict(promote(candidate, str(config.promote), data, rules=rules,
+                                             settings=config.tracking,
+                                             expected=model_registry.file_sha256(directory)))
     storage.put_if_absent(marker, json.dumps(decided).encode())
     return decided
+
+
+@contextlib.contextmanager
+def _whole_without_mlflow(config: TrainConfig, done: str) -> Iterator[None]:
+    """Of an MLflow that fails after the training: say that nothing is lost, and what to do."""
+    try:
+        yield
+    except tracking.TrackingError as error:
+        raise tracking.TrackingError(f"The model is whole, at {config.output}, but not {done}: {error} The same "
+                                     "command goes on there once MLflow answers; nothing is trained again.") from None

@@ -1,18 +1,26 @@
 """What a training is of: the datasets that it reads, all that can change its model, whether it is the same again."""
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jobs.start_ray import num_cpus, num_gpus
 from pipeline import samples, storage
 from pipeline.config import DataConfig, TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.mixture import TrainingSet, joint_indices, joints_text
+from pipeline.model.directory import model_digest
+from pipeline.model.settings import ARCHITECTURES, InferenceConfig
+from pipeline.model_reference import find_model
 from pipeline.shards import ShardDataset, open_shards
 from pipeline.units import FrozenJob, refuse_other_intent
 
 logger = logging.getLogger("jobs.train")
+# Which model `init` meant when the run began, and what the settings leave to that model
+LEFT_TO_INIT = ("init_reference", "init_digest", "heatmap_scale", "network", "loss", "inference")
 
 
 def open_inputs(config: TrainConfig, begun: dict[str, Any]) -> tuple[tuple[TrainingSet, ...], ShardDataset | None]:
@@ -91,8 +99,12 @@ def described_inputs(config: TrainConfig, sets: Sequence[TrainingSet], val: Shar
     return inputs | {"val": config.val, "val_version": val.version, "val_digest": samples.dataset_digest(val)}
 
 
-def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingSet]) -> dict[str, Any]:
-    """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now."""
+def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[TrainingSet],
+                    init: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """All that can change the model, with `auto` resolved: as it was when the run began, or as the cluster is now.
+
+    init  of a run that hasn't begun: which model it begins from, and what the settings leave to that one
+    """
     frozen = {} if job is None else job.intent
     intent = config.model_dump(mode="json", include={
         "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
@@ -101,12 +113,47 @@ def resolved_intent(config: TrainConfig, job: FrozenJob | None, sets: Sequence[T
         intent["workers"] = frozen.get("workers") or _workers_at_hand(config)
     if config.precision == "auto":
         intent["precision"] = frozen.get("precision") or ("bfloat16" if trains_on_gpus(config) else "float32")
+    if config.init is not None:
+        left_to_it = init or {name: frozen[name] for name in LEFT_TO_INIT if name in frozen}
+        intent |= {name: value for name, value in left_to_it.items() if not _asks_for(config, name)}
     if config.trunk is not None:
         intent["trunk_sha256"] = storage.stored_sha256(config.trunk)
     if any(one != DataConfig(uri=one.uri) for one in config.data):
         intent["sets"] = [one.model_dump(mode="json", exclude={"uri"}) for one in config.data]
     skeleton = sets[0].dataset.skeleton
     return intent | {"joints": list(skeleton.joints) if skeleton else []}
+
+
+def default_inference(config: TrainConfig) -> InferenceConfig:
+    """What nobody has to ask for: that of the network's authors."""
+    return ARCHITECTURES[config.network.architecture].inference
+
+
+def _asks_for(config: TrainConfig, name: str) -> bool:
+    if name == "inference":
+        return config.inference != default_inference(config)
+    return name in ("network", "loss") and name in config.model_fields_set
+
+
+def tell_if_init_moved(config: TrainConfig, job: FrozenJob) -> None:
+    """A warning where `init` no longer means the model from which the run began; the run goes on with its own copy.
+
+    That is right for an alias that has moved on: else no run could be resumed after a promotion.
+    """
+    digest = job.intent.get("init_digest")
+    if digest is None or config.init is None or config.init != job.intent["init"]:
+        return  # begun by an earlier program, or refused with the difference
+    begun = f"{job.intent['init_reference']} of digest {digest[:12]}"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = find_model(config.init, settings=config.tracking, into=Path(folder), asked_by="init")
+            reference, now = model.reference, model_digest(model.directory)
+    except (ConfigError, DataError, OSError) as error:
+        logger.warning("the run began from %s and has its own copy; what init is now can't be seen: %s", begun, error)
+        return
+    if now != digest:
+        logger.warning("init %s means another model now, %s of digest %s. This run began from %s, and goes on with its "
+                       "own copy of that", config.init, reference, now[:12], begun)
 
 
 def trains_on_gpus(config: TrainConfig) -> bool:

@@ -4,11 +4,14 @@ import io
 import logging
 import socket
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jobs.train_checkpoints import restore
+from jobs.train_intent import default_inference
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, gather
 from pipeline import storage, training
 from pipeline.averaging import WeightAverage
@@ -16,13 +19,14 @@ from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.architectures import NETWORKS, config_of, make_network
 from pipeline.model.compiling import compile_forward, why_not_compile
-from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model, spec_of_use
+from pipeline.model.directory import NORMALISATIONS, ModelSpec, load_model, model_digest, spec_of_use
 from pipeline.model.joint_sets import with_joints
 from pipeline.model.network import NetworkConfig, PoseNetwork
 from pipeline.model.recompute import recompute_activations
-from pipeline.model.settings import ARCHITECTURES, InferenceConfig
+from pipeline.model.settings import InferenceConfig
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
-from pipeline.model_reference import download_model
+from pipeline.model_reference import download_model, find_model
+from pipeline.pose.skeleton import Skeleton
 
 logger = logging.getLogger("jobs.train")
 GIVE_CLASSIFIER = "Give a ResNet-50's state dict with torchvision's names; for hrnet, the HRNet classifier's."
@@ -87,11 +91,49 @@ def averaging(network: PoseNetwork) -> torch.nn.Module:
 
 def new_network(task: TrainTask) -> tuple[PoseNetwork, ModelSpec]:
     """The network before its first iteration, the same on every rank, and the specification of what it becomes."""
-    config, skeleton = task.config, task.skeleton
+    with tempfile.TemporaryDirectory() as folder:
+        own_copy = storage.join(task.config.output, INIT_FOLDER)
+        init = None if task.config.init is None else download_model(own_copy, Path(folder))
+        return _network_of(task.config, task.skeleton, init)
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that `init` means now. `intent`: which it is, and what the settings leave to it."""
+
+    directory: Path
+    intent: dict[str, Any]
+
+
+def try_start(config: TrainConfig, skeleton: Skeleton, into: Path) -> InitialModel | None:
+    """The model of `init`, if one is given, found below `into`.
+
+    Refuses (ConfigError, DataError), before anything is frozen, what each worker would refuse: a network that can't
+    be, a trunk or a model that is none, or that doesn't fit the settings.
+    """
+    if config.init is None:
+        with torch.device("meta"):  # names and shapes alone: no memory for the weights of a large network
+            _network_of(config, skeleton, None)
+        return None
+    if config.trunk is not None:
+        raise ConfigError("init and trunk are both given, but a network begins from one of them. Leave one out "
+                          "(--set trunk=null).")
+    if config.heatmap_scale != 1:
+        logger.info("heatmap_scale=%g has no effect: it is for an untrained network, and this one begins from init",
+                    config.heatmap_scale)
+    model = find_model(config.init, settings=config.tracking, into=into, asked_by="init")
+    _, spec = _network_of(config, skeleton, model.directory)
+    return InitialModel(model.directory, {
+        "init_reference": model.reference, "init_digest": model_digest(model.directory), "heatmap_scale": 1.0,
+        "network": spec.network.model_dump(mode="json", exclude={"num_joints"}),
+        "loss": spec.loss.model_dump(mode="json"), "inference": inference_of(spec).model_dump(mode="json")})
+
+
+def _network_of(config: TrainConfig, skeleton: Skeleton, init: Path | None) -> tuple[PoseNetwork, ModelSpec]:
     torch.manual_seed(config.seed)
     asked = config_of(config.network, num_joints=skeleton.num_joints)
-    if config.init is not None:
-        return _initial_model(task, asked)
+    if init is not None:
+        return _initial_model(config, skeleton, asked, init)
     network = make_network(asked)
     training.scale_heatmaps(network, config.heatmap_scale)
     if config.trunk is not None:
@@ -117,34 +159,39 @@ def _trunk_weights(uri: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _initial_model(task: TrainTask, asked: NetworkConfig) -> tuple[PoseNetwork, ModelSpec]:
+def _initial_model(config: TrainConfig, skeleton: Skeleton, asked: NetworkConfig,
+                   directory: Path) -> tuple[PoseNetwork, ModelSpec]:
     """The model of `init`, whose architecture, crop and decoding are taken unless the settings give others.
 
     Heads for other joints are new.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        network, spec = load_model(download_model(storage.join(task.config.output, INIT_FOLDER), Path(folder)))
+    network, spec = load_model(directory)
     own = network.config.model_copy(update={"num_joints": asked.num_joints})
-    if "network" in task.config.model_fields_set and own != asked:
-        raise ConfigError(f"init {task.config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
+    if "network" in config.model_fields_set and own != asked:
+        raise ConfigError(f"init {config.init} is {own}, but `network` asks for {asked}. Leave `network` out, or "
                           "begin from another model.")
-    _refuse_other_inference(task.config, spec)
-    if "loss" in task.config.model_fields_set:
-        spec = ModelSpec.model_validate(spec.model_copy(update={"loss": task.config.loss}))
-    if tuple(spec.skeleton["joints"]) == task.skeleton.joints:
+    _refuse_other_inference(config, spec)
+    if "loss" in config.model_fields_set:
+        spec = ModelSpec.model_validate(spec.model_copy(update={"loss": config.loss}))
+    if tuple(spec.skeleton["joints"]) == skeleton.joints:
         return network, spec
-    network, spec, new = with_joints(network, spec, task.skeleton)
-    logger.info("init %s has other joints: %s", task.config.init,
+    network, spec, new = with_joints(network, spec, skeleton)
+    logger.info("init %s has other joints: %s", config.init,
                 f"those that are new begin untrained: {', '.join(new)}" if new else "none is new")
     return network, spec
 
 
+def inference_of(spec: ModelSpec) -> InferenceConfig:
+    """The settings by which `spec_of_use` makes a model be used so."""
+    normalisation = "none" if spec.mean == NORMALISATIONS["none"][0] else "imagenet"
+    return InferenceConfig(colour=spec.colour, normalisation=normalisation, box_padding_wh=spec.box_padding_wh,
+                           decoding=spec.decoding.variant, blur_kernel=spec.decoding.blur_kernel)
+
+
 def _refuse_other_inference(config: TrainConfig, spec: ModelSpec) -> None:
     """Weights are right only with what they were trained with: settings that aren't the defaults must be just that."""
-    normalisation = "none" if spec.mean == NORMALISATIONS["none"][0] else "imagenet"
-    own = InferenceConfig(colour=spec.colour, normalisation=normalisation, box_padding_wh=spec.box_padding_wh,
-                          decoding=spec.decoding.variant, blur_kernel=spec.decoding.blur_kernel)
-    if config.inference not in (ARCHITECTURES[config.network.architecture].inference, own):
+    own = inference_of(spec)
+    if config.inference not in (default_inference(config), own):
         raise ConfigError(f"init {config.init}: it was trained with inference {own.model_dump(mode='json')}, but asked "
                           f"for is {config.inference.model_dump(mode='json')}. Give the model's own, or begin from "
                           "another one.")

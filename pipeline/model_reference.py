@@ -26,11 +26,17 @@ class FoundModel:
         run_id: str | None = json.loads((self.directory / FILES[-1]).read_text()).get("source", {}).get("run_id")
         return run_id
 
+    @property
+    def reference(self) -> str:
+        """A REF that means this one, wherever an alias may go: models:/name/version, or the path."""
+        return self.name if self.version is None else f"models:/{self.name}/{self.version}"
 
-def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> FoundModel:
+
+def find_model(reference: str, *, settings: TrackingConfig, into: Path, asked_by: str = "--model") -> FoundModel:
     """The model that a REF means: a directory (path or s3://), `runs:/...` or `models:/name@alias`.
 
-    What is elsewhere is downloaded below `into`. Refuses (ConfigError) a place that holds no model directory.
+    What is elsewhere is downloaded below `into`. Refuses (ConfigError) a place that holds no model directory, and says
+    which setting asked for it.
     """
     if model_registry.is_model_reference(reference):
         version = model_registry.registered_version(reference, tracking=settings)
@@ -42,7 +48,7 @@ def find_model(reference: str, *, settings: TrackingConfig, into: Path) -> Found
     if storage.is_remote(uri):
         return FoundModel(download_model(uri, into), uri, None)
     if not (Path(uri) / FILES[-1]).is_file():
-        raise ConfigError(f"--model {reference}: no model directory is there (expected {' and '.join(FILES)}). "
+        raise ConfigError(f"{asked_by} {reference}: no model directory is there (expected {' and '.join(FILES)}). "
                           "Give the --output of train or import-model, runs:/... or models:/name@alias.")
     return FoundModel(Path(uri), uri, None)
 

@@ -48,7 +48,8 @@ def register_model_directory(directory: Path, name: str, *, tracking: TrackingCo
     It becomes a pyfunc from code: our `pipeline` package, the directory as an artifact, a signature, and the
     requirements of this environment; nothing is pickled and nothing inferred. Its tags name the files' SHA-256.
     `alias` then points to it.
-    Without `run_id` a run of its own is opened.
+    Without `run_id` a run of its own is opened. With it, a version that this run has of just these files is taken
+    as it is: whoever was broken off calls again.
     Refused: a folder without model.json (DataError), tracking that is off (ConfigError).
     """
     if not (directory / SPEC_FILE).is_file():
@@ -58,16 +59,26 @@ def register_model_directory(directory: Path, name: str, *, tracking: TrackingCo
         tracking = located(tracking)
         client = open_client(tracking)
         with mlflow_errors(str(tracking.uri)):
-            version = _log_pyfunc(directory, name, tracking=tracking, run_id=str(run.run_id))
-            for file, digest in file_sha256(directory).items():
-                client.set_model_version_tag(name, version, f"{SHA256_TAG}{file}", digest)
+            tags = {f"{SHA256_TAG}{file}": digest for file, digest in file_sha256(directory).items()}
+            version = (_version_of_run(client, name, run_id, tags)
+                       or _log_pyfunc(directory, name, tags, tracking=tracking, run_id=str(run.run_id)))
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version)
     return {"name": name, "version": version, "alias": alias, "run_id": run.run_id,
             "reference": f"models:/{name}/{version}"}
 
 
-def _log_pyfunc(directory: Path, name: str, *, tracking: TrackingConfig, run_id: str) -> str:
+def _version_of_run(client: Any, name: str, run_id: str | None, tags: Mapping[str, str]) -> str | None:
+    if run_id is None:
+        return None
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name and tags.items() <= version.tags.items():
+            return str(version.version)
+    return None
+
+
+def _log_pyfunc(directory: Path, name: str, tags: Mapping[str, str], *, tracking: TrackingConfig, run_id: str) -> str:
+    """The new version's number. MLflow makes the version and its tags in one step: none is ever there without."""
     import mlflow.pyfunc
     from mlflow.models import Model
 
@@ -81,6 +92,7 @@ def _log_pyfunc(directory: Path, name: str, *, tracking: TrackingConfig, run_id:
             artifact_path=None, name=MODEL_ARTIFACT, flavor=mlflow.pyfunc, run_id=run_id,
             registered_model_name=name, python_model=str(package / "pyfunc.py"), code_paths=[str(package)],
             artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(), pip_requirements=_requirements(),
+            tags=dict(tags),
         )
     return str(info.registered_model_version)
 
@@ -154,6 +166,13 @@ def resolve_model(reference: str, *, tracking: TrackingConfig, into: Path) -> Pa
 def _refuse_off(tracking: TrackingConfig, what: str) -> None:
     if not tracking.enabled:
         raise ConfigError(f"can't {what}: tracking is off. Leave out tracking.enabled=false.")
+
+
+def refuse_bad_name(name: str) -> None:
+    """Refuse (ConfigError) a registered model's name that MLflow would refuse at the end, or no REF could have."""
+    if not re.fullmatch(r"[^/:@\s][^/:@]*", name):
+        raise ConfigError(f"--register {name!r} can't be a registered model's name. Choose one without / : @, such as "
+                          "pose.")
 
 
 # --- aliases and tags of registered versions ---------------------------------------------------------------

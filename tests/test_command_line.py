@@ -100,6 +100,20 @@ def test_a_recipes_values_out_of_range_are_refused_by_name(assignment: str) -> N
         load_config(TrainConfig, assignments=[assignment], flags={"data": "d", "output": "o"})
 
 
+@pytest.mark.parametrize("workers", ["2:1", "0", "0:2", "2:", "1:2:3", "-1", "two"])
+def test_workers_that_could_not_be_are_refused_before_anything_is_frozen(workers: str) -> None:
+    with pytest.raises(ConfigError, match=r"workers: .*1 <= MIN <= MAX.*" + workers):
+        load_config(TrainConfig, flags={"data": "d", "output": "o", "workers": workers})
+
+
+def test_a_range_of_workers_is_one_in_files_and_assignments_too(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("workers: 2:8\n")  # YAML 1.1 has 2:8 for 2 minutes and 8 seconds, 128
+    needed = {"data": "d", "output": "o"}
+    assert load_config(TrainConfig, files=[str(tmp_path / "c.yaml")], flags=needed).workers == "2:8"
+    assert load_config(TrainConfig, assignments=["workers=2:8"], flags=needed).workers == "2:8"
+    assert load_config(TrainConfig, assignments=["workers=12"], flags=needed).workers == "12"
+
+
 def test_flags_win_over_assignments_and_these_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("images_per_shard: 1\nseed: 1\nlimit: 1\n")
     config = load_config(ShardConfig, files=[str(tmp_path / "c.yaml")], assignments=["images_per_shard=2", "seed=2"],

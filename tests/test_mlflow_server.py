@@ -25,7 +25,13 @@ import torch
 from pipeline.config import TrackingConfig
 from pipeline.model.directory import ModelSpec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
-from pipeline.model_registry import file_sha256, register_model_directory, resolve_model
+from pipeline.model_registry import (
+    RegisteredVersion,
+    file_sha256,
+    noted_sha256,
+    register_model_directory,
+    resolve_model,
+)
 from pipeline.pose.skeleton import COCO17
 from pipeline.tracking import open_run
 from tests.mlflow_server import COMPOSE, compose, free_port, mlflow_server
@@ -106,7 +112,9 @@ def keep_a_run_and_a_model(uri: str, model_directory: Path, tmp_path: Path) -> N
         run.log_params({"seed": 3, "optimiser": {"iterations": 10}})
         run.log_metrics({"loss": 0.5}, step=10)
         run.log_picture("samples/0010.png", np.full((4, 6, 3), (255, 0, 0), np.uint8))  # blue, as BGR
-        register_model_directory(model_directory, "pose", tracking=tracking, run_id=run.run_id, alias="champion")
+        for _ in range(2):  # the second time as after a kill: what is there is found
+            made = register_model_directory(model_directory, "pose", tracking=tracking, run_id=run.run_id,
+                                            alias="champion")
     client = mlflow.MlflowClient(uri)
     kept = client.get_run(run.run_id)
     assert (kept.info.status, kept.data.metrics) == ("FINISHED", {"loss": 0.5})
@@ -116,6 +124,8 @@ def keep_a_run_and_a_model(uri: str, model_directory: Path, tmp_path: Path) -> N
     again = resolve_model("models:/pose@champion", tracking=tracking, into=tmp_path / "loaded")
 
     assert file_sha256(again) == file_sha256(model_directory)
+    noted = noted_sha256(RegisteredVersion("pose", made["version"], run.run_id), tracking=tracking)
+    assert (made["version"], noted) == ("1", file_sha256(model_directory))
 
 
 def keys_below(s3: S3Server, bucket: str, prefix: str) -> list[str]:

@@ -1,5 +1,7 @@
 """An alias moves only to a model that deserves it: its files as registered, alive in a fresh process, not worse."""
 
+import contextlib
+import hashlib
 import json
 import shutil
 import uuid
@@ -7,20 +9,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from jobs import promote as job
-from jobs import train
-from pipeline import model_registry, promotion, storage
+from jobs import train, train_intent
+from jobs.train_task import INIT_FOLDER
+from pipeline import model_registry, promotion, storage, tracking
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import ConfigError
-from pipeline.model.directory import ModelSpec, read_spec, save_model
+from pipeline.mixture import TrainingSet
+from pipeline.model.directory import ModelSpec, model_digest, read_spec, save_model
 from pipeline.model.mspn import MSPN
 from pipeline.model_registry import RegisteredVersion
 from pipeline.pose.skeleton import COCO17, MPII16
 from pipeline.promotion import Promotion, PromotionRefused
+from pipeline.samples import trainable_counts
 from pipeline.shards import ShardDataset
+from pipeline.units import freeze_job
 from tests.test_training import made_shards
 from tests.worlds import TINY, write_tiny_model
 
@@ -355,6 +362,84 @@ def test_train_decides_once_on_val_as_it_was_when_the_model_was_trained(
     assert (first["moved"], first["champion"], first["data_version"]) == (False, trained.reference, 1)
     assert again == first
     assert json.loads(storage.read_object(str(tmp_path / "_promotion-pose-decided.json"))) == first
+
+
+# --- how a training ends, and begins ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_id(settings: TrackingConfig) -> str:
+    """A training's run."""
+    with tracking.open_run(settings, name="train") as run:
+        return str(run.run_id)
+
+
+def end_of_training(settings: TrackingConfig, output: Path, directory: Path, run_id: str, **flags: Any
+                    ) -> tuple[TrainConfig, Path, ModelSpec]:
+    """What `train` has when the model is whole."""
+    config = TrainConfig(data="d", output=str(output), tracking=settings, **flags)
+    return config, directory, read_spec(directory).model_copy(update={"source": {"run_id": run_id}})
+
+
+@pytest.mark.parametrize("broken", [
+    "mlflow.tracking._model_registry.fluent._register_model", "mlflow.MlflowClient.set_model_version_tag",
+    "mlflow.MlflowClient.set_registered_model_alias", "pipeline.storage.put_if_absent"])
+def test_a_registration_is_broken_off_anywhere_and_the_same_command_makes_one_version_of_it(
+        settings, run_id, tmp_path, monkeypatch, broken: str) -> None:
+    from mlflow import MlflowClient
+
+    name = broken.rpartition(".")[2]
+    ended = end_of_training(settings, tmp_path, TRAINED, run_id, register=name)
+    with monkeypatch.context() as patches, contextlib.suppress(KeyboardInterrupt):
+        patches.setattr(broken, Mock(side_effect=KeyboardInterrupt))
+        train._register(*ended)
+
+    registered = train._register(*ended)
+
+    (version,) = MlflowClient(settings.uri).search_model_versions(f"name = '{name}'")
+    assert (registered["version"], str(version.version), version.run_id) == ("1", "1", run_id)
+    noted = model_registry.noted_sha256(RegisteredVersion(name, "1", run_id), tracking=settings)
+    assert noted == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAINED.iterdir()}
+    assert model_registry.version_behind(name, "candidate", tracking=settings) == RegisteredVersion(name, "1", run_id)
+    assert train._register(*ended) == registered
+
+
+def test_other_files_of_the_same_run_are_another_version(settings, run_id, tmp_path) -> None:
+    other = write_tiny_model(tmp_path / "other")
+    for version, directory in (("1", TRAINED), ("2", other), ("1", TRAINED)):
+        made = model_registry.register_model_directory(directory, "two-of-a-run", tracking=settings, run_id=run_id)
+        assert made["version"] == version
+
+
+def test_an_mlflow_that_goes_away_before_the_promotion_leaves_the_model_whole_and_says_so(
+        settings, tmp_path, monkeypatch) -> None:
+    ended = end_of_training(settings, tmp_path, TRAINED, "r1", register="pose", promote="champion",
+                            promotion={"data": "frozen"})
+    monkeypatch.setattr(train, "open_frozen_set", Mock())
+    monkeypatch.setattr(model_registry, "registered_version", Mock(side_effect=tracking.TrackingError("No answer.")))
+    with pytest.raises(tracking.TrackingError, match=r"The model is whole, at .*, but not compared with @champion: "
+                                                     r"No answer\. The same command goes on there"):
+        train._promote(*ended, "models:/pose/1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_begins_from_the_version_behind_an_alias_and_goes_on_when_that_has_moved(
+        settings, data, trained, untrained, tmp_path, caplog) -> None:
+    model_registry.move_alias(trained, "start", tracking=settings)
+    config = load_config(TrainConfig, flags={"data": data.uri, "output": str(tmp_path / "out"), "workers": 1,
+                                             "init": "models:/pose@start", "tracking": settings.model_dump()})
+    sets = (TrainingSet(data, 1.0, tuple(trainable_counts(data)), tuple(range(17))),)
+    frozen = freeze_job(config.output, (), input={}, intent=train._begun_intent(config, sets), about={"run_id": "r1"})
+    assert frozen.intent["init_reference"] == trained.reference
+    assert frozen.intent["init_digest"] == model_digest(TRAINED)
+
+    model_registry.move_alias(untrained, "start", tracking=settings)
+    train_intent.tell_if_init_moved(config, frozen)
+
+    assert f"init models:/pose@start means another model now, {untrained.reference} of digest" in caplog.text
+    assert f"This run began from {trained.reference} of digest {model_digest(TRAINED)[:12]}" in caplog.text
+    assert train_intent.resolved_intent(config, frozen, sets) == frozen.intent
+    assert model_digest(tmp_path / "out" / INIT_FOLDER) == model_digest(TRAINED)
 
 
 # --- a fresh process ----------------------------------------------------------------------------------------------

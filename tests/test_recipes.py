@@ -1,5 +1,6 @@
 """The recipes and presets that come with the program: each is complete, builds the network that it says, and trains."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jobs.train_start import new_network
 from jobs.train_task import INIT_FOLDER, TrainTask, Worker, augmentation_of, schedule_of
 from jobs.train_worker import _step
 from pipeline import mixture, samples, shards, training
-from pipeline.config import Settings, TrainConfig, load_config
+from pipeline.config import OptimiserConfig, Settings, TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.architectures import config_of, make_network
 from pipeline.model.directory import ModelSpec, normalise_crops, save_model
@@ -107,6 +108,37 @@ def test_the_two_recipes_differ_where_the_documentation_says() -> None:
         for name in authors[group]:
             if authors[group][name] != mmpose[group][name]:
                 assert f"`{group}.{name}`" in page, f"{group}.{name}"
+
+
+def test_the_documentation_has_every_setting_of_a_training() -> None:
+    page = (JOBS.parent / "docs" / "recipes.md").read_text()
+    names = {field.alias or name for name, field in TrainConfig.model_fields.items()}
+    names |= {f"optimiser.{name}" for name in OptimiserConfig.model_fields}
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
+def test_recipes_and_their_documentation_name_files_that_are_there() -> None:
+    for path in [*JOBS.rglob("*.yaml"), JOBS.parent / "docs" / "recipes.md"]:
+        for name in re.findall(r"(?:presets/)?[\w*]+\.yaml", path.read_text()):
+            there = name.replace("N_stages", "*_stages")
+            assert list(JOBS.glob(there)) or list(JOBS.glob(f"presets/{there}")), (path.name, name)
+
+
+def test_fewer_workers_with_the_authors_batch_have_the_authors_rate() -> None:
+    """As docs/recipes.md says: each worker's batch, its pieces and its rate, for 1, 2 and 4 workers."""
+    page = (JOBS.parent / "docs" / "recipes.md").read_text()
+    section = page.partition("batch of 256 on fewer GPUs\n")[2].partition("\n## ")[0]
+    one = [float(value) for value in re.findall(r"(?:per_worker|accumulate)=([\d.e-]+)", section)]
+    named = {"Four": 4, "two": 2}
+    several = re.findall(r"(Four|two) (?:have it )?with (\d+), (\d+) and ([\d.e-]+\d)", section)
+    asked = {1: one} | {named[word]: [float(value) for value in values] for word, *values in several}
+    assert asked.keys() == {1, 2, 4}
+    theirs = schedule_of(recipe([]), world=8)
+    for workers, (batch, pieces, rate) in asked.items():
+        config = recipe([], optimiser={"batch_size_per_worker": batch, "accumulate": pieces,
+                                       "learning_rate_per_worker": rate})
+        assert schedule_of(config, world=workers) == theirs
+        assert (batch * workers, batch / pieces) == (256, 32)
 
 
 def test_mmposes_optimiser_is_theirs_on_eight_gpus() -> None:

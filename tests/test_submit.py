@@ -32,10 +32,10 @@ class Submitter:
     head: RayHead
 
     def submit(self, *arguments: str, wait: bool = True, token: str = TOKEN) -> "subprocess.CompletedProcess[str]":
-        """Ray's own command with a job of ours behind it."""
+        """Ray's own command with a job of ours behind it, as docs/operations.md submits a training."""
         options = [] if wait else ["--no-wait"]
-        return self._ray("job", "submit", *options, "--working-dir", ".", "--", "python", "-m", "jobs", *arguments,
-                         token=token)
+        return self._ray("job", "submit", *options, "--working-dir", ".", "--", "env", "POSE_GIT_REVISION=1a2b3c4",
+                         "python", "-m", "jobs", *arguments, token=token)
 
     def stop(self, submission: str) -> None:
         self._ray("job", "stop", submission)
@@ -93,6 +93,7 @@ def test_the_whole_line_is_submitted_job_by_job(submitter: Submitter, s3: S3Serv
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         assert result(f"{bucket}/results/{job}.json")["job"] == job
         assert TOKEN not in done.stdout + done.stderr
+    assert result(f"{bucket}/model/model.json")["source"]["git_revision"] == "1a2b3c4"
     assert storage.exists(f"{bucket}/keypoints/_SUCCESS")
     assert result(f"{bucket}/results/annotate.json")["counts"]["persons"] == annotated_persons(world)
 

@@ -9,12 +9,12 @@ import torch
 
 from jobs import annotate, evaluate, shard, train
 from pipeline.config import AnnotateConfig, EvaluateConfig, ShardConfig, TrackingConfig, TrainConfig, load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import load_model, model_digest
 from pipeline.model.settings import Decoding
 from pipeline.model_registry import registered_version
 from tests.without_ray import WITHOUT_RAY
-from tests.worlds import NO_TRACKING, write_pictures
+from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
 TINY = {"num_stages": 1, "input_size_wh": (64, 64), "blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4),
         "stem_channels": 4, "upsample_channels": 8}
@@ -162,6 +162,45 @@ def test_two_workers_train_with_all_options_at_once_and_the_average_becomes_the_
     assert "gradient_norm" in MlflowClient(tracked["uri"]).get_run(result["run_id"]).data.metrics
 
 
+def test_a_model_says_which_one_it_began_from_also_when_another_has_come_to_its_place(
+        world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    theirs = write_tiny_model(tmp_path / "theirs")
+    begun = model_digest(theirs)
+    tracked = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db").model_dump()
+    wanted = config(world, tmp_path / "model", workers=1, val=None, init=str(theirs), tracking=tracked)
+    result = train.run(wanted)
+
+    recipe = load_model(tmp_path / "model")[1].source["recipe"]
+    assert (recipe["init_reference"], recipe["init_digest"]) == (str(theirs), begun)
+    from mlflow import MlflowClient
+
+    params = MlflowClient(tracked["uri"]).get_run(result["run_id"]).data.params
+    assert (params["init"], params["init_reference"], params["init_digest"]) == (str(theirs), str(theirs), begun)
+
+    theirs.rename(tmp_path / "before")
+    write_tiny_model(theirs, seed=1)
+    assert train.run(wanted) == result
+    assert f"init {theirs} means another model now" in caplog.text
+    with pytest.raises(ConfigError, match=r"init: begun with .*theirs.*, now .*before"):
+        train.run(config(world, tmp_path / "model", workers=1, val=None, init=str(tmp_path / "before"),
+                         tracking=tracked))
+
+
+def test_a_trunk_that_is_none_is_refused_while_the_output_is_still_free(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "trunk.pth").write_text("no weights")
+    with pytest.raises(DataError, match=r"trunk .* holds something else than weights"):
+        train.run(config(world, tmp_path / "model", trunk=str(tmp_path / "trunk.pth")))
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_workers_without_a_compiler_are_refused_while_the_output_is_still_free(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "why_not_compile", lambda: "there is no C++ compiler: install g++")
+    with pytest.raises(ConfigError, match=r"on one there is no C\+\+ compiler: install g\+\+, or leave compile out"):
+        train.run(config(world, tmp_path / "model", compile="default"))
+    assert list((tmp_path / "model").iterdir()) == []
+
+
 def same_weights(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], each) for name, each in expected.items())
 
@@ -173,6 +212,8 @@ def test_the_best_checkpoint_is_asked_for_only_where_something_says_which_it_is(
 
 @pytest.mark.parametrize(("settings", "why"), [
     ({"register": "pose"}, "--register pose needs MLflow"),
+    ({"register": "a/b"}, "'a/b' can't be a registered model's name"),
+    ({"register": "pose", "alias": "latest"}, "'latest' can't be an alias"),
     ({"optimiser": {"iterations": 4, "warmup_iterations": 4}}, "warm-up|warmup"),
     ({"augmentation": {"half_body_upper": ["left_wing"]}}, "half_body_upper names left_wing")])
 def test_settings_that_could_only_fail_later_are_refused_before_anything_is_written(

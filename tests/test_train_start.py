@@ -1,0 +1,208 @@
+"""What a training begins from: what it is known by, what is refused while nothing is frozen, what has moved since."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import train, train_intent
+from jobs.train_task import INIT_FOLDER
+from pipeline import storage
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError, DataError
+from pipeline.model.directory import ModelSpec, model_digest, save_model
+from pipeline.model.mspn import MSPN
+from pipeline.model.settings import Decoding
+from pipeline.pose.skeleton import COCO17
+from pipeline.shards import ShardDataset
+from pipeline.units import FrozenJob, freeze_job, open_job
+from tests.test_recipes import data, recipe, torchvision_weights, training_set  # noqa: F401 - data is a fixture
+from tests.worlds import NO_TRACKING, TINY, write_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = TINY.model_dump(mode="json", exclude={"num_joints"})
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A model that isn't used as the default recipe's is: of MMPose's colours, crop and decoding."""
+    torch.manual_seed(0)
+    save_model(tmp_path / "theirs", MSPN(TINY), ModelSpec(
+        network=TINY, skeleton=COCO17.to_json(), colour="RGB", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        box_padding_wh=(1.25, 1.25), decoding=Decoding(variant="mmpose")))
+    return tmp_path / "theirs"
+
+
+def config(tmp_path: Path, **settings: Any) -> TrainConfig:
+    given = {"output": str(tmp_path / "out"), "workers": 1, "tracking": NO_TRACKING.model_dump(), **settings}
+    return recipe([], **{name: value for name, value in given.items() if value is not None})
+
+
+def begun(given: TrainConfig, dataset: ShardDataset) -> FrozenJob:
+    """The run as `train` freezes it."""
+    intent = train._begun_intent(given, (training_set(dataset),))
+    return freeze_job(given.output, (), input={}, intent=intent, about={"run_id": "r1"})
+
+
+def refuse_other(given: TrainConfig, job: FrozenJob, dataset: ShardDataset) -> None:
+    intent = train_intent.resolved_intent(given, job, [training_set(dataset)])
+    train_intent.refuse_other_run(given, job, {}, intent)
+
+
+# --- which model it was -------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_known_by_the_model_that_it_began_from_and_by_what_that_one_is(
+        data: ShardDataset, tmp_path: Path, theirs: Path) -> None:  # noqa: F811
+    given = config(tmp_path, init=str(theirs), heatmap_scale=8.0)
+    job = begun(given, data)
+    recipe_of_it = train._source(given, job)["recipe"]
+
+    assert recipe_of_it["init"] == recipe_of_it["init_reference"] == str(theirs)
+    assert recipe_of_it["init_digest"] == model_digest(theirs)
+    # what the settings left to the model is what it is, and not the defaults that stood there
+    assert recipe_of_it["network"] == SMALL
+    assert recipe_of_it["inference"] == {"colour": "RGB", "normalisation": "imagenet", "decoding": "mmpose",
+                                         "box_padding_wh": [1.25, 1.25], "blur_kernel": 5}
+    assert recipe_of_it["heatmap_scale"] == 1.0
+    assert model_digest(Path(given.output, INIT_FOLDER)) == model_digest(theirs)
+
+
+def test_a_trunk_is_known_by_its_digest(data: ShardDataset, tmp_path: Path) -> None:  # noqa: F811
+    torch.save(torchvision_weights(red=1.0, green=2.0, blue=3.0), tmp_path / "trunk.pth")
+    given = config(tmp_path, trunk=str(tmp_path / "trunk.pth"), network=SMALL)
+    sha256 = storage.stored_sha256(str(tmp_path / "trunk.pth"))
+    assert train._source(given, begun(given, data))["recipe"]["trunk_sha256"] == sha256
+
+
+def test_all_that_a_run_is_known_by_is_in_its_models_source(data: ShardDataset, tmp_path: Path) -> None:  # noqa: F811
+    given = config(tmp_path, network=SMALL, validate_persons=100)
+    job = begun(given, data)
+    source = train._source(given, job)
+    assert {**source["recipe"], "seed": source["seed"], "joints": list(COCO17.joints)} == job.intent
+    assert source["recipe"]["validate_persons"] == 100
+
+
+# --- the same command again ---------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_its_own_copy_and_says_that_init_means_another_model_now(
+        data: ShardDataset, tmp_path: Path, theirs: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    given = config(tmp_path, init=str(theirs))
+    job, digest = begun(given, data), model_digest(theirs)
+    train_intent.tell_if_init_moved(given, job)
+    assert not caplog.text
+
+    for path in theirs.iterdir():
+        path.unlink()
+    write_tiny_model(theirs, seed=1)
+    train_intent.tell_if_init_moved(given, job)
+
+    assert f"means another model now, {theirs} of digest {model_digest(theirs)[:12]}" in caplog.text
+    assert f"began from {theirs} of digest {digest[:12]}, and goes on with its own copy" in caplog.text
+    refuse_other(given, job, data)
+    assert model_digest(Path(given.output, INIT_FOLDER)) == digest
+
+
+def test_a_run_goes_on_where_the_model_that_it_began_from_is_gone(
+        data: ShardDataset, tmp_path: Path, theirs: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    given = config(tmp_path, init=str(theirs))
+    job = begun(given, data)
+    theirs.rename(tmp_path / "elsewhere")
+    train_intent.tell_if_init_moved(given, job)
+    assert f"has its own copy; what init is now can't be seen: init {theirs}: no model directory" in caplog.text
+    refuse_other(given, job, data)
+
+
+@pytest.mark.parametrize(("other", "difference"), [
+    ({"init": None}, "init: begun with"), ({"network": SMALL | {"num_stages": 2}}, "network: begun with"),
+    ({"inference": {"blur_kernel": 9}}, "inference: begun with"), ({"loss": {"ohkm_joints": 3}}, "loss: begun with"),
+    ({"trunk": "trunk.pth"}, "trunk: begun with null")])
+def test_what_the_settings_left_to_the_model_cannot_be_changed_later(
+        data: ShardDataset, tmp_path: Path, theirs: Path, other: dict[str, Any], difference: str) -> None:  # noqa: F811
+    torch.save({}, tmp_path / "trunk.pth")
+    other = {name: str(tmp_path / value) if name == "trunk" else value for name, value in other.items()}
+    job = begun(config(tmp_path, init=str(theirs)), data)
+    with pytest.raises(ConfigError, match=difference):
+        refuse_other(config(tmp_path, **{"init": str(theirs), **other}), job, data)
+
+
+def test_what_has_no_effect_on_a_run_from_a_model_is_no_difference(
+        data: ShardDataset, tmp_path: Path, theirs: Path) -> None:  # noqa: F811
+    job = begun(config(tmp_path, init=str(theirs)), data)
+    refuse_other(config(tmp_path, init=str(theirs), heatmap_scale=8.0), job, data)
+    refuse_other(config(tmp_path, init=str(theirs), network=SMALL), job, data)
+
+
+def test_a_run_that_an_earlier_program_began_from_a_model_goes_on_in_silence(
+        data: ShardDataset, tmp_path: Path, theirs: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    given = config(tmp_path, init=str(theirs), trunk=str(tmp_path / "trunk.pth"), heatmap_scale=8.0)
+    torch.save({}, tmp_path / "trunk.pth")
+    # what it froze: the settings as they stood, also those without effect, and no word of which model it was
+    settings = given.model_dump(mode="json", include={
+        "workers", "seed", "precision", "compile", "sync_batch_norm", "trunk", "init", "heatmap_scale", "network",
+        "optimiser", "loss", "augmentation", "inference", "validate_every", "validate_persons", "keep"})
+    earlier = settings | {"joints": list(COCO17.joints), "trunk_sha256": storage.stored_sha256(str(given.trunk))}
+    job = freeze_job(given.output, (), input={}, intent=earlier, about={"run_id": "r1"})
+
+    train_intent.tell_if_init_moved(given, job)
+    refuse_other(given, job, data)
+
+    assert not caplog.text
+    assert train._source(given, job)["recipe"]["heatmap_scale"] == 8.0
+
+
+# --- what can't begin ---------------------------------------------------------------------------------------------
+
+
+def bad_start(tmp_path: Path, theirs: Path, name: str) -> dict[str, Any]:
+    """Settings from which no worker could begin."""
+    trunk = str(tmp_path / "trunk.pth")
+    torch.save(torchvision_weights(red=1.0, green=2.0, blue=3.0), trunk)
+    (tmp_path / "text.pth").write_text("no weights")
+    return {
+        "text": {"trunk": str(tmp_path / "text.pth"), "network": SMALL},
+        "trunk of another network": {"trunk": trunk, "network": SMALL | {"widths": [8, 8, 8, 8]}},
+        "trunk without a classifier": {"trunk": trunk, "network": {"architecture": "rsn"}},
+        "both": {"trunk": trunk, "init": str(theirs)},
+        "nothing there": {"init": str(tmp_path / "nowhere")},
+        "another network": {"init": str(theirs), "network": SMALL | {"num_stages": 2}},
+        "used otherwise": {"init": str(theirs), "inference": {"blur_kernel": 9}},
+    }[name]
+
+
+@pytest.mark.parametrize(("name", "why"), [
+    ("text", "holds something else than weights"), ("trunk of another network", "doesn't hold the network's weights"),
+    ("trunk without a classifier", "there is no classifier from whose weights rsn could begin"),
+    ("both", r"init and trunk are both given.*--set trunk=null"), ("nothing there", "init .*nowhere: no model direct"),
+    ("another network", "but `network` asks for"), ("used otherwise", "Give the model's own")])
+def test_what_no_worker_could_begin_with_is_refused_and_the_corrected_command_can_follow(
+        data: ShardDataset, tmp_path: Path, theirs: Path, name: str, why: str) -> None:  # noqa: F811
+    with pytest.raises((ConfigError, DataError), match=why):
+        begun(config(tmp_path, **bad_start(tmp_path, theirs, name)), data)
+    assert open_job(str(tmp_path / "out")) is None
+    assert not (tmp_path / "out" / INIT_FOLDER).exists()
+    begun(config(tmp_path, network=SMALL), data)
+
+
+def test_a_network_of_full_size_is_tried_without_memory_for_its_weights(
+        data: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    made: list[torch.device] = []
+    scale = train.try_start.__globals__["training"].scale_heatmaps
+
+    def scale_and_look(network: torch.nn.Module, factor: float) -> None:
+        made.extend(parameter.device for parameter in network.parameters())
+        scale(network, factor)
+
+    monkeypatch.setattr("pipeline.training.scale_heatmaps", scale_and_look)
+    assert train.try_start(config(tmp_path), COCO17, tmp_path) is None
+    assert set(made) == {torch.device("meta")}
+
+
+def test_a_scale_that_has_no_effect_is_named(
+        tmp_path: Path, theirs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        train.try_start(config(tmp_path, init=str(theirs), heatmap_scale=8.0), COCO17, tmp_path)
+    assert "heatmap_scale=8 has no effect" in caplog.text
