@@ -22,6 +22,7 @@ from jobs.train_start import open_worker
 from jobs.train_task import TrainTask, Worker, gather, schedule_of
 from pipeline import checkpoints, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
+from pipeline.divergence import divergence, divergence_text, not_finite
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import positions_after
@@ -103,12 +104,13 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
 
 
 def _divergence(worker: Worker, reports: Sequence[training.StepReport], *, look_inside: bool) -> str | None:
-    """What is wrong with any rank's losses, or with the network that is about to be kept; the same on every rank."""
-    found = training.divergence(reports)
-    if found is None and look_inside:
-        found = (training.not_finite(worker.network, iteration=worker.iteration)
-                 or training.not_finite(worker.result, iteration=worker.iteration))
-    return next((each for each in gather(worker, found) if each), None)
+    """What is wrong with any rank's numbers, or with the network that is about to be kept; the same on every rank."""
+    uris = [one.dataset.uri for one in worker.task.sets]
+    if failure := divergence_text(gather(worker, divergence(reports)), uris):
+        return failure
+    found = look_inside and (not_finite(worker.network, iteration=worker.iteration)
+                             or not_finite(worker.result, iteration=worker.iteration))
+    return next(filter(None, gather(worker, found)), None)
 
 
 def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str | None:
