@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ from jobs.train_intent import (
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, model_registry, samples, storage, tracking
+from pipeline.checkpoints import Checkpoint
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import TrainingSet
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, find_model, put_model
+from pipeline.patience import waited_out
 from pipeline.shards import ShardDataset
 from pipeline.units import FrozenJob, freeze_job, open_job
 
@@ -176,18 +179,26 @@ def _fit(task: TrainTask) -> None:
     import ray.train
 
     while True:
-        begun_from = checkpoints.list_checkpoints(task.config.output)
+        begun_from = waited_out(partial(checkpoints.list_checkpoints, task.config.output))
         try:
             answer = _trainer(task).fit().return_value
             break
         except ray.train.TrainingFailedError as error:
-            reached = checkpoints.list_checkpoints(task.config.output)
-            if reached[-1:] == begun_from[-1:]:
+            reached, was_away = _reached(task.config.output)
+            if reached[-1:] == begun_from[-1:] and not was_away:
                 raise _plain(error) from None
-            logger.warning("the workers failed %d times, but got on to iteration %d: training goes on from there",
-                           MAX_FAILURES + 1, reached[-1].iteration)
+            logger.warning("the workers failed %d times, but %s: training goes on from there", MAX_FAILURES + 1,
+                           "the store was away" if was_away else f"got on to iteration {reached[-1].iteration}")
     if answer is not None:
         raise DataError(answer)
+
+
+def _reached(output: str) -> tuple[list[Checkpoint], bool]:
+    """The checkpoints, and whether the store that has them had to be waited for."""
+    try:
+        return checkpoints.list_checkpoints(output), False
+    except storage.StorageError:
+        return waited_out(partial(checkpoints.list_checkpoints, output)), True
 
 
 def _trainer(task: TrainTask) -> Any:

@@ -23,11 +23,12 @@ from jobs.train_task import TrainTask, Worker, gather, schedule_of
 from pipeline import checkpoints, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
 from pipeline.divergence import divergence, divergence_text, not_finite
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import positions_after
 from pipeline.model.directory import add_to_source, save_model
 from pipeline.model_reference import FILES, download_model, put_model
+from pipeline.patience import waited_out
 from pipeline.samples import Arrays
 
 logger = logging.getLogger("jobs.train")
@@ -85,8 +86,7 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
             progress.restart()
     if worker.task.val is not None and not evaluation:
         evaluation = validate(worker, run)
-    _put(worker, evaluation)
-    return None
+    return _put(worker, evaluation)
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
@@ -118,24 +118,34 @@ def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str |
     import ray.train
 
     positions = tuple(gather(worker, worker.positions))
-    files: dict[str, bytes] = {}
-    if worker.rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
-            files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
-        state = training.TrainingState(worker.iteration, positions)
-        files[STATE_FILE] = training.state_bytes(worker.network, worker.optimiser, state, worker.average)
-    failure = keeper.keep(files)
+    failure = keeper.keep(lambda: _checkpoint_files(worker, positions, evaluation))
     # without the checkpoint itself: Ray Train would list it in a file that a kill can leave half-written
     ray.train.report({"iteration": worker.iteration, **evaluation})
     return failure
 
 
-def _put(worker: Worker, evaluation: dict[str, float]) -> None:
-    """The model directory, from rank 0. The other ranks' word is needed for the number of samples."""
+def _checkpoint_files(worker: Worker, positions: tuple[tuple[int, ...], ...],
+                      evaluation: dict[str, float]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
+        files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
+    state = training.TrainingState(worker.iteration, positions)
+    return files | {STATE_FILE: training.state_bytes(worker.network, worker.optimiser, state, worker.average)}
+
+
+def _put(worker: Worker, evaluation: dict[str, float]) -> str | None:
+    """The model directory, from rank 0; why the store didn't take it. The other ranks tell the number of samples."""
     num_samples = sum(map(sum, gather(worker, worker.positions)))
     if worker.rank != 0:
-        return
+        return None
+    try:
+        waited_out(lambda: _put_model(worker, num_samples, evaluation))
+    except StorageError as error:
+        return f"The model could not be put, and the same command puts it from the last checkpoint: {error}"
+    return None
+
+
+def _put_model(worker: Worker, num_samples: int, evaluation: dict[str, float]) -> None:
     config = worker.task.config
     best = _best(worker, evaluation)
     about = {"best": best and {"iteration": best.iteration, "ap": best.ap}}
@@ -197,5 +207,5 @@ def _worker_run(task: TrainTask, rank: int) -> Iterator[tracking.Run]:
         settings = settings.model_copy(update={"enabled": False})
     with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False) as run:
         if run.run_id is not None:
-            run.log_later(stored_metrics(task.config.output))
+            run.log_later(waited_out(lambda: stored_metrics(task.config.output)))
         yield run

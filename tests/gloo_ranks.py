@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs import train_worker
-from jobs.train_task import Worker
 from pipeline import training
+from pipeline.checkpoints import keep_checkpoint
+from pipeline.errors import DataError
 from pipeline.model.compiling import compile_forward
 from pipeline.model.directory import ModelSpec
 from pipeline.model.loss import mspn_loss
@@ -76,8 +77,10 @@ def failing_ranks(folder: Path) -> list[dict[str, str | None]]:
 
     diverged  after four iterations, when rank 1's images are NaN in the third. In iteration i rank 0 trains on the
               persons 10i0 and 10i1, rank 1 on 20i0 and 20i1
+    damaged   when it is to go on with a training none of whose checkpoints can be read
     """
-    return _on_ranks(_failing, folder)
+    keep_checkpoint(str(folder), 100, {"state.pt": b"no state"}, keep_newest=1)
+    return _on_ranks(partial(_failing, output=str(folder)), folder)
 
 
 def _on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -121,11 +124,13 @@ def _compiled(rank: int) -> dict[str, Any]:
     return found
 
 
-def _failing(rank: int) -> dict[str, str | None]:
-    return {"diverged": _diverging(rank)}
+def _failing(rank: int, output: str) -> dict[str, str | None]:
+    return {"diverged": _diverging(rank), "damaged": _restoring(rank, output)}
 
 
 def _diverging(rank: int) -> str | None:
+    from jobs import train_worker  # takes seconds in each process: not for those who only compute
+
     network = new_network().float()
     wrapped = DistributedDataParallel(network, forward_sync_buffers=False)
     optimiser = training.make_optimiser(network, weight_decay=0.0)
@@ -140,4 +145,16 @@ def _diverging(rank: int) -> str | None:
         spoiling.remove()
     sets = [SimpleNamespace(dataset=SimpleNamespace(uri="shards"))]
     worker = SimpleNamespace(rank=rank, world=WORLD, task=SimpleNamespace(sets=sets))
-    return train_worker._divergence(cast(Worker, worker), reports, look_inside=False)
+    return train_worker._divergence(cast(Any, worker), reports, look_inside=False)
+
+
+def _restoring(rank: int, output: str) -> str:
+    from jobs.train_checkpoints import restore
+
+    task = cast(Any, SimpleNamespace(config=SimpleNamespace(output=output)))
+    network = new_network()
+    try:
+        restore(task, network, training.make_optimiser(network, weight_decay=0.0), None, rank=rank, world=WORLD)
+    except DataError as error:
+        return str(error)
+    return "restored"

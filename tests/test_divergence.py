@@ -108,6 +108,10 @@ def test_two_ranks_name_the_batch_that_diverged_and_not_the_next_one_of_the_othe
     assert "annotations [2030, 2031]:" in messages[0]
 
 
+def test_where_all_checkpoints_are_damaged_every_rank_says_so_and_none_waits(ranks: list[dict[str, Any]]) -> None:
+    assert all("None of the checkpoints of" in each["damaged"] for each in ranks)
+
+
 def test_a_network_that_is_not_finite_is_named_before_it_is_kept() -> None:
     network = MSPN(TINY)
     assert not_finite(network, iteration=7) is None
