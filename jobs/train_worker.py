@@ -50,14 +50,16 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
     where = _store_unsent(worker, run)
-    if where:
+    if where and task.config.tracking.enabled:
         logger.warning("what MLflow lacks is in %s; the same command sends it once MLflow is back", where)
+    elif where:
+        logger.info("the numbers are in %s; the same command with tracking.enabled=true sends them to MLflow", where)
     return failure
 
 
 def _store_unsent(worker: Worker, run: tracking.Run) -> str | None:
     """Keep beside the output what MLflow doesn't have; a later worker, or the same command, sends it."""
-    if run.run_id is None:
+    if worker.rank != 0:
         return None
     return store_waiting(worker.task.config.output, run.waiting_metrics())
 
@@ -148,7 +150,7 @@ def _put(worker: Worker, evaluation: dict[str, float]) -> str | None:
 def _put_model(worker: Worker, num_samples: int, evaluation: dict[str, float]) -> None:
     config = worker.task.config
     best = _best(worker, evaluation)
-    about = {"best": best and {"iteration": best.iteration, "ap": best.ap}}
+    about = {"best": best and {"iteration": best.iteration, "ap": best.ap}, "run_id": worker.task.run_id}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "model")
         if config.keep == "best" and best is not None and best.iteration != worker.iteration:
@@ -201,11 +203,13 @@ def _threads() -> int:
 
 @contextlib.contextmanager
 def _worker_run(task: TrainTask, rank: int) -> Iterator[tracking.Run]:
-    """The driver's run, continued by rank 0, also while MLflow doesn't answer; the others keep nothing."""
+    """The driver's run, continued by rank 0, also while MLflow doesn't answer; without MLflow its numbers wait as well.
+    The others keep nothing."""
     settings = task.config.tracking
     if rank != 0 or task.run_id is None:
         settings = settings.model_copy(update={"enabled": False})
-    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False) as run:
-        if run.run_id is not None:
+    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False,
+                           numbers_wait=rank == 0) as run:
+        if rank == 0:
             run.log_later(waited_out(lambda: stored_metrics(task.config.output)))
         yield run
