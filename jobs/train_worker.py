@@ -110,8 +110,10 @@ def _divergence(worker: Worker, reports: Sequence[training.StepReport], *, look_
     uris = [one.dataset.uri for one in worker.task.sets]
     if failure := divergence_text(gather(worker, divergence(reports)), uris):
         return failure
-    found = look_inside and (not_finite(worker.network, iteration=worker.iteration)
-                             or not_finite(worker.result, iteration=worker.iteration))
+    if not look_inside:
+        return None
+    found = (not_finite(worker.network, iteration=worker.iteration)
+             or not_finite(worker.result, iteration=worker.iteration))
     return next(filter(None, gather(worker, found)), None)
 
 

@@ -1,5 +1,6 @@
 """A store that is away is waited for, where giving up would cost a training; not for ever, and not in vain."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any, cast
 
 import pytest
 
-from jobs import train
+from jobs import train, train_worker
 from jobs.train_checkpoints import Keeper, restore
 from jobs.train_task import TrainTask, Worker
 from pipeline import checkpoints, patience, samples, shards, storage, training
 from pipeline.errors import DataError, ObjectMissing, StorageError
+from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN
+from pipeline.pose.skeleton import COCO17
 from tests.fault_proxy import RESET, FaultProxy
 from tests.s3 import S3Server
 from tests.test_training import blocks_of, made_shards
@@ -124,6 +127,25 @@ def test_a_disk_without_room_for_the_files_costs_the_checkpoint_and_not_the_work
     keeper = Keeper(cast(Worker, SimpleNamespace(task=task(str(tmp_path)), rank=0, world=1, iteration=100)))
     assert keeper.keep(no_room) is None
     assert "the checkpoint after iteration 100 could not be kept" in caplog.text
+
+
+def test_the_model_is_put_once_the_store_is_back_and_else_the_same_command_puts_it(
+        flaky: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(output=bucket, keep="last")
+    worker = cast(Worker, SimpleNamespace(
+        task=SimpleNamespace(config=config, source={}, run_id="r1"), rank=0, world=1, iteration=4, positions=(16,),
+        result=MSPN(TINY), spec=ModelSpec(network=TINY, skeleton=COCO17.to_json())))
+    flaky.fail("PUT", RESET, times=2)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(patience, "PATIENCE_S", 0.0)
+        said = train_worker._put(worker, {})
+    assert said is not None
+    assert "the same command puts it from the last checkpoint: s3://" in said
+    assert not storage.exists(f"{bucket}/model.json")
+
+    assert train_worker._put(worker, {}) is None
+    assert json.loads(storage.read_object(f"{bucket}/model.json"))["source"] == {
+        "iterations": 4, "samples": 16, "evaluation": {}, "best": None, "run_id": "r1"}
 
 
 # --- the driver ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from jobs import shard, train
-from pipeline import checkpoints, training
+from pipeline import checkpoints, patience, training
 from pipeline.config import ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import DataError
 from pipeline.metrics_buffer import stored_metrics
@@ -192,8 +192,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+class ImpatientWorker:
+    """A worker that doesn't wait for room."""
+
+    def __call__(self, settings: dict[str, Any]) -> str | None:
+        from jobs import train_worker
+
+        with mock.patch.object(patience, "PATIENCE_S", 0.0):
+            return train_worker.train_worker(settings)
+
+
 def test_a_full_disk_costs_checkpoints_then_the_run_and_with_room_the_same_command_goes_on(
-        world: Path, small_disk: Path) -> None:
+        world: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train_worker", ImpatientWorker())
     wanted = config(world, small_disk / "model", iterations=40, keep_checkpoints=200)
     with pytest.raises(DataError, match=r"3 checkpoints in a row could not be kept.*Make room there") as error:
         train.run(wanted)
