@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from jobs import train, train_worker
 from jobs.train_checkpoints import Keeper, restore
+from jobs.train_progress import validate
 from jobs.train_task import TrainTask, Worker
-from pipeline import checkpoints, patience, samples, shards, storage, training
+from pipeline import checkpoints, patience, samples, shards, storage, tracking, training
 from pipeline.errors import DataError, ObjectMissing, StorageError
 from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN
@@ -82,6 +84,24 @@ def test_a_store_that_is_away_for_a_while_costs_no_sample(
 
     assert caplog.text.count("the store is away, and asked again") == 3
     assert caplog.text.count("the store is back after") == 1
+
+
+def test_a_validation_waits_for_its_pictures(flaky: FaultProxy, s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    made = made_shards(tmp_path, num_shards=2)
+    s3.upload_folder(Path(made.uri), f"{bucket}/shards")
+    expected = validated(made)
+    data = shards.open_shards(f"{bucket}/shards")
+    flaky.fail("GET", RESET, path="part-", times=2)
+    assert validated(data) == expected
+    assert "ap" in expected
+
+
+def validated(data: shards.ShardDataset) -> dict[str, float]:
+    torch.manual_seed(0)
+    about = SimpleNamespace(val=data, intent={"precision": "float32"}, config=SimpleNamespace(validate_persons=None))
+    worker = SimpleNamespace(task=about, rank=0, world=1, iteration=4, result=MSPN(TINY),
+                             spec=ModelSpec(network=TINY, skeleton=COCO17.to_json()))
+    return validate(cast(Worker, worker), tracking.Run())
 
 
 def epoch(data: shards.ShardDataset) -> list[samples.Arrays]:
