@@ -35,14 +35,13 @@ from pipeline.config import AnnotateConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
+from pipeline.patience import PAUSES_S
 from pipeline.reuse import earlier_parts, open_earlier
 from pipeline.rows import ROW_VERSION
 from pipeline.unit_annotator import MODEL_FOLDER, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
 
 logger = logging.getLogger("jobs.annotate")
-# Units that the service kept from being committed are begun again after these pauses, each request having been retried
-PAUSES_S = (10.0, 60.0)
 FAILURES_IN_A_ROW = 20  # without a unit in between that went well: the service is down, and asking on is no use
 
 

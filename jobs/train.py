@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from jobs.train_intent import (
     tell_if_init_moved,
     trains_on_gpus,
 )
+from jobs.train_run import adopt_run, is_unended, known_run, open_training_run
 from jobs.train_start import try_start
 from jobs.train_task import INIT_FOLDER, TrainTask, augmentation_of, schedule_of
 from jobs.train_worker import train_worker
 from pipeline import checkpoints, model_registry, samples, storage, tracking
+from pipeline.checkpoints import Checkpoint
 from pipeline.config import TrainConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
@@ -37,6 +40,7 @@ from pipeline.mixture import TrainingSet
 from pipeline.model.compiling import why_not_compile
 from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
 from pipeline.model_reference import download_model, put_model
+from pipeline.patience import waited_out
 from pipeline.promotion import refuse_reserved_alias
 from pipeline.provenance import code_version
 from pipeline.shards import ShardDataset
@@ -105,13 +109,13 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], s
     intent = _begun_intent(config, sets) if job is None else resolved_intent(config, job, sets)
     if job is not None:
         refuse_other_run(config, job, inputs, intent)
-    run_id = None if job is None else job.about["run_id"]
-    with tracking.open_run(config.tracking, name=f"train {Path(config.output).name}", run_id=run_id, ends=True) as run:
+    with open_training_run(config, job) as run:
         if job is None:
             job = freeze_job(config.output, (), input=inputs, intent=intent, about={"run_id": run.run_id})
             refuse_other_run(config, job, inputs, intent)
         _log_begin(run, config, job)
-        _fit(TrainTask(config, sets, val, intent, _source(config, job), job.about["run_id"]))
+        run_id = adopt_run(run, config.output, job)
+        _fit(TrainTask(config, sets, val, intent, _source(config, job) | {"run_id": run_id}, run_id))
 
 
 def _begun_intent(config: TrainConfig, sets: tuple[TrainingSet, ...]) -> dict[str, Any]:
@@ -187,18 +191,26 @@ def _fit(task: TrainTask) -> None:
     import ray.train
 
     while True:
-        begun_from = checkpoints.list_checkpoints(task.config.output)
+        begun_from = waited_out(partial(checkpoints.list_checkpoints, task.config.output))
         try:
             answer = _trainer(task).fit().return_value
             break
         except ray.train.TrainingFailedError as error:
-            reached = checkpoints.list_checkpoints(task.config.output)
-            if reached[-1:] == begun_from[-1:]:
+            reached, was_away = _reached(task.config.output)
+            if reached[-1:] == begun_from[-1:] and not was_away:
                 raise _plain(error) from None
-            logger.warning("the workers failed %d times, but got on to iteration %d: training goes on from there",
-                           MAX_FAILURES + 1, reached[-1].iteration)
+            logger.warning("the workers failed %d times, but %s: training goes on from there", MAX_FAILURES + 1,
+                           "the store was away" if was_away else f"got on to iteration {reached[-1].iteration}")
     if answer is not None:
         raise DataError(answer)
+
+
+def _reached(output: str) -> tuple[list[Checkpoint], bool]:
+    """The checkpoints, and whether the store that has them had to be waited for."""
+    try:
+        return checkpoints.list_checkpoints(output), False
+    except storage.StorageError:
+        return waited_out(partial(checkpoints.list_checkpoints, output)), True
 
 
 def _trainer(task: TrainTask) -> Any:
@@ -239,15 +251,21 @@ def _plain(error: Exception) -> Exception:
 
 def _send_unsent(config: TrainConfig, job: FrozenJob | None) -> None:
     """Give MLflow what it lacks of a run at whose end it couldn't be reached; a warning where it still can't."""
+    if job is None or not config.tracking.enabled:
+        return
     unsent = stored_metrics(config.output)
-    if not unsent or job is None or not config.tracking.enabled:
+    if not unsent and not is_unended(config.output):
         return
     try:
-        with tracking.open_run(config.tracking, name="train", run_id=job.about["run_id"], ends=True) as run:
+        with open_training_run(config, job) as run:
+            if known_run(config.output, job) is None:
+                _log_begin(run, config, job)
+            adopt_run(run, config.output, job)
             run.log_later(unsent)
             run.flush(now=True)
     except tracking.TrackingError as error:
-        logger.warning("%d metrics of the run stay beside the output: %s", len(unsent), error)
+        logger.warning("MLflow doesn't know the end of the run, and %d of its metrics stay beside the output: %s",
+                       len(unsent), error)
         return
     store_waiting(config.output, run.waiting_metrics())
 
@@ -256,7 +274,7 @@ def _result(config: TrainConfig) -> dict[str, Any]:
     """What the output itself says; registers the model if asked to, once for each name."""
     with tempfile.TemporaryDirectory() as folder:
         directory = download_model(config.output, Path(folder))
-        spec, digest = read_spec(directory), model_digest(directory)
+        spec, digest = _with_run(read_spec(directory), config.output), model_digest(directory)
         registered = _register(config, directory, spec) if config.register_as else None
         promotion = None
         if config.promote and registered:
@@ -265,6 +283,14 @@ def _result(config: TrainConfig) -> dict[str, Any]:
     return {"job": "train", "output": config.output, "iterations": source["iterations"], "samples": source["samples"],
             "AP": source["evaluation"].get("ap"), "evaluation": source["evaluation"], "best": source.get("best"),
             "model_digest": digest, "run_id": source["run_id"], "registered": registered, "promotion": promotion}
+
+
+def _with_run(spec: ModelSpec, output: str) -> ModelSpec:
+    """The specification of a model that was put without MLflow, with the run that its training has got since."""
+    job = open_job(output)
+    if job is None or spec.source["run_id"] is not None:
+        return spec
+    return spec.model_copy(update={"source": spec.source | {"run_id": known_run(output, job)}})
 
 
 def _register(config: TrainConfig, directory: Path, spec: ModelSpec) -> dict[str, Any]:

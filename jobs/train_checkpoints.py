@@ -1,9 +1,10 @@
 """A rank's part in the checkpoints: what rank 0 keeps or reads, all ranks hear of, and go on alike."""
 
+import functools
 import io
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,9 @@ from jobs.train_task import TrainTask, Worker, gather
 from pipeline import checkpoints, storage, training
 from pipeline.averaging import WeightAverage
 from pipeline.checkpoints import STATE_FILE, Checkpoint
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.model.network import PoseNetwork
+from pipeline.patience import waited_out
 
 logger = logging.getLogger("jobs.train")
 MAX_LOST = 3  # checkpoints in a row that couldn't be put: hours of work that a killed machine would take along
@@ -23,18 +25,33 @@ def restore(task: TrainTask, network: PoseNetwork, optimiser: torch.optim.Optimi
             rank: int, world: int) -> training.TrainingState | None:
     """Put network, optimiser and average back to the last checkpoint, the same on every rank; None if there is none.
 
-    One that is damaged is passed over with a warning; DataError where all are.
+    One that is damaged is passed over with a warning, and a store that is away is waited for. DataError on every rank
+    where all checkpoints are damaged, or the store stays away.
     """
-    found = _last_readable(task.config.output) if rank == 0 else None
-    chosen = [found and found[0]]
+    found, failure = _found(task.config.output) if rank == 0 else (None, None)
+    chosen: list[tuple[Checkpoint | None, str | None]] = [(found and found[0], failure)]
     if world > 1:
         # each rank's own listing might already have one more, from a worker whose driver was killed a moment ago
         torch.distributed.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
+    checkpoint, failure = chosen[0]
+    if failure is not None:
+        raise DataError(failure)
+    if checkpoint is None:
         return None
     if rank == 0:
-        logger.info("going on after iteration %d, from %s", chosen[0].iteration, chosen[0].uri)
-    return training.load_state(found[1] if found else _state(chosen[0]), network, optimiser, average)
+        logger.info("going on after iteration %d, from %s", checkpoint.iteration, checkpoint.uri)
+    data = found[1] if found else waited_out(functools.partial(_state, checkpoint))
+    return training.load_state(data, network, optimiser, average)
+
+
+def _found(output: str) -> tuple[tuple[Checkpoint, bytes] | None, str | None]:
+    """The last checkpoint with its state, or why there is none to go on from."""
+    try:
+        return waited_out(lambda: _last_readable(output)), None
+    except storage.ABOUT_THE_OBJECT:
+        raise  # a worker that should be dead has just removed it: the next start finds another
+    except (DataError, StorageError) as error:
+        return None, str(error)
 
 
 def _last_readable(output: str) -> tuple[Checkpoint, bytes] | None:
@@ -78,15 +95,13 @@ class Keeper:
                            self.worker.iteration)
         return is_new
 
-    def keep(self, files: Mapping[str, bytes]) -> str | None:
-        """Keep a checkpoint, of rank 0's files. Gives the same on every rank: what to stop with, or None.
+    def keep(self, make_files: Callable[[], Mapping[str, bytes]]) -> str | None:
+        """Keep a checkpoint, of the files that rank 0 makes. Gives the same on every rank: what to stop with, or None.
 
-        A store that fails costs a warning, until it has failed MAX_LOST times in a row.
+        A store or a disk that fails costs a warning, until it has failed MAX_LOST times in a row; the last time it is
+        waited for.
         """
-        config, error = self.worker.task.config, None
-        if self.worker.rank == 0:
-            error = checkpoints.keep_checkpoint(config.output, self.worker.iteration, files,
-                                                keep_newest=config.keep_checkpoints)
+        error = self._put(make_files) if self.worker.rank == 0 else None
         error = gather(self.worker, error)[0]
         self.lost = 0 if error is None else self.lost + 1
         if error is None:
@@ -98,6 +113,20 @@ class Keeper:
             return None
         return (f"{MAX_LOST} checkpoints in a row could not be kept: {error} {self.last_good()} Once the store takes "
                 "them again, the same command goes on from there.")
+
+    def _put(self, make_files: Callable[[], Mapping[str, bytes]]) -> str | None:
+        config, iteration = self.worker.task.config, self.worker.iteration
+        try:
+            files = make_files()
+            put = functools.partial(checkpoints.keep_checkpoint, config.output, iteration, files,
+                                    keep_newest=config.keep_checkpoints)
+            if self.lost < MAX_LOST - 1:
+                put()
+            else:
+                waited_out(put)
+        except OSError as error:  # also of the disk where the files are made
+            return str(error)
+        return None
 
     def last_good(self) -> str:
         """A sentence that says where the last checkpoint is, on every rank."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.train_task import TrainTask, Worker, augmentation_of
 from pipeline import samples
+from pipeline.errors import DataError, StorageError
 from pipeline.mixture import TrainingSet, mixed_batches, set_shares
 from pipeline.model.directory import ModelSpec
 from pipeline.samples import Arrays
@@ -46,6 +47,9 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    # Ray Data ends a pipeline of which nobody takes anything for half an hour, as happens while a network is validated
+    context.execution_no_progress_timeout_s = -1
+    context.raise_original_map_exception = True  # else of an error of ours only its text arrives
     context.custom_execution_callback_classes = [_pausing_callback()]
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
     rows = ray.data.from_items([{"turns": samples.turns_text(group)} for group in groups],
@@ -56,7 +60,16 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
                             num_cpus=_cpus_of_feeder(worker),
                             fn_kwargs={"data": replace(one.dataset, json={}),
                                        "recipe": replace(recipe_of(worker.task, worker.spec), joints=one.joints)})
-    yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
+    try:
+        yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)
+    except ray.exceptions.RayTaskError as error:
+        raise _own_error(error) from None
+
+
+def _own_error(error: Any) -> Exception:
+    """What a task has raised, if it is ours, without the lines that Ray Data adds to it."""
+    cause: Exception = error.cause
+    return type(cause)(str(cause).splitlines()[0]) if isinstance(cause, DataError | StorageError) else error
 
 
 def _pausing_callback() -> Any:

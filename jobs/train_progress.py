@@ -69,9 +69,7 @@ class Progress:
         per_second = len(self.reports) * optimiser.batch_size_per_worker * self.worker.world / seconds
         named = {f"loss_stage{stage}_unit{unit}": value
                  for stage, units in enumerate(heads) for unit, value in enumerate(units, start=1)}
-        norms = [report.gradient_norm for report in self.reports if report.gradient_norm is not None]
-        if norms:
-            named["gradient_norm"] = float(torch.stack(norms).mean())
+        named["gradient_norm"] = float(torch.stack([report.gradient_norm for report in self.reports]).mean())
         return {"loss": sum(map(sum, heads)), "learning_rate": training.learning_rate(self.worker.iteration, schedule),
                 "samples_per_second": per_second, "input_wait_share": self.waited_s / seconds, **named}
 

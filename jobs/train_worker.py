@@ -22,11 +22,13 @@ from jobs.train_start import open_worker
 from jobs.train_task import TrainTask, Worker, gather, schedule_of
 from pipeline import checkpoints, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
-from pipeline.errors import ConfigError, DataError
+from pipeline.divergence import divergence, divergence_text, not_finite
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import positions_after
 from pipeline.model.directory import add_to_source, save_model
 from pipeline.model_reference import FILES, download_model, put_model
+from pipeline.patience import waited_out
 from pipeline.samples import Arrays
 
 logger = logging.getLogger("jobs.train")
@@ -48,14 +50,16 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
     where = _store_unsent(worker, run)
-    if where:
+    if where and task.config.tracking.enabled:
         logger.warning("what MLflow lacks is in %s; the same command sends it once MLflow is back", where)
+    elif where:
+        logger.info("the numbers are in %s; the same command with tracking.enabled=true sends them to MLflow", where)
     return failure
 
 
 def _store_unsent(worker: Worker, run: tracking.Run) -> str | None:
     """Keep beside the output what MLflow doesn't have; a later worker, or the same command, sends it."""
-    if run.run_id is None:
+    if worker.rank != 0:
         return None
     return store_waiting(worker.task.config.output, run.waiting_metrics())
 
@@ -84,8 +88,7 @@ def _train(worker: Worker, run: tracking.Run) -> str | None:
             progress.restart()
     if worker.task.val is not None and not evaluation:
         evaluation = validate(worker, run)
-    _put(worker, evaluation)
-    return None
+    return _put(worker, evaluation)
 
 
 def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> training.StepReport:
@@ -103,12 +106,15 @@ def _step(worker: Worker, batch: Arrays, schedule: training.Schedule) -> trainin
 
 
 def _divergence(worker: Worker, reports: Sequence[training.StepReport], *, look_inside: bool) -> str | None:
-    """What is wrong with any rank's losses, or with the network that is about to be kept; the same on every rank."""
-    found = training.divergence(reports)
-    if found is None and look_inside:
-        found = (training.not_finite(worker.network, iteration=worker.iteration)
-                 or training.not_finite(worker.result, iteration=worker.iteration))
-    return next((each for each in gather(worker, found) if each), None)
+    """What is wrong with any rank's numbers, or with the network that is about to be kept; the same on every rank."""
+    uris = [one.dataset.uri for one in worker.task.sets]
+    if failure := divergence_text(gather(worker, divergence(reports)), uris):
+        return failure
+    if not look_inside:
+        return None
+    found = (not_finite(worker.network, iteration=worker.iteration)
+             or not_finite(worker.result, iteration=worker.iteration))
+    return next(filter(None, gather(worker, found)), None)
 
 
 def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str | None:
@@ -116,27 +122,37 @@ def _keep(worker: Worker, evaluation: dict[str, float], keeper: Keeper) -> str |
     import ray.train
 
     positions = tuple(gather(worker, worker.positions))
-    files: dict[str, bytes] = {}
-    if worker.rank == 0:
-        with tempfile.TemporaryDirectory() as folder:
-            _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
-            files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
-        state = training.TrainingState(worker.iteration, positions)
-        files[STATE_FILE] = training.state_bytes(worker.network, worker.optimiser, state, worker.average)
-    failure = keeper.keep(files)
+    failure = keeper.keep(lambda: _checkpoint_files(worker, positions, evaluation))
     # without the checkpoint itself: Ray Train would list it in a file that a kill can leave half-written
     ray.train.report({"iteration": worker.iteration, **evaluation})
     return failure
 
 
-def _put(worker: Worker, evaluation: dict[str, float]) -> None:
-    """The model directory, from rank 0. The other ranks' word is needed for the number of samples."""
+def _checkpoint_files(worker: Worker, positions: tuple[tuple[int, ...], ...],
+                      evaluation: dict[str, float]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        _save(worker, Path(folder, "model"), _source(worker, sum(map(sum, positions)), evaluation))
+        files = {name: Path(folder, "model", name).read_bytes() for name in FILES}
+    state = training.TrainingState(worker.iteration, positions)
+    return files | {STATE_FILE: training.state_bytes(worker.network, worker.optimiser, state, worker.average)}
+
+
+def _put(worker: Worker, evaluation: dict[str, float]) -> str | None:
+    """The model directory, from rank 0; why the store didn't take it. The other ranks tell the number of samples."""
     num_samples = sum(map(sum, gather(worker, worker.positions)))
     if worker.rank != 0:
-        return
+        return None
+    try:
+        waited_out(lambda: _put_model(worker, num_samples, evaluation))
+    except StorageError as error:
+        return f"The model could not be put, and the same command puts it from the last checkpoint: {error}"
+    return None
+
+
+def _put_model(worker: Worker, num_samples: int, evaluation: dict[str, float]) -> None:
     config = worker.task.config
     best = _best(worker, evaluation)
-    about = {"best": best and {"iteration": best.iteration, "ap": best.ap}}
+    about = {"best": best and {"iteration": best.iteration, "ap": best.ap}, "run_id": worker.task.run_id}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "model")
         if config.keep == "best" and best is not None and best.iteration != worker.iteration:
@@ -189,11 +205,13 @@ def _threads() -> int:
 
 @contextlib.contextmanager
 def _worker_run(task: TrainTask, rank: int) -> Iterator[tracking.Run]:
-    """The driver's run, continued by rank 0, also while MLflow doesn't answer; the others keep nothing."""
+    """The driver's run, continued by rank 0, also while MLflow doesn't answer; without MLflow its numbers wait as well.
+    The others keep nothing."""
     settings = task.config.tracking
     if rank != 0 or task.run_id is None:
         settings = settings.model_copy(update={"enabled": False})
-    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False) as run:
-        if run.run_id is not None:
-            run.log_later(stored_metrics(task.config.output))
+    with tracking.open_run(settings, name="train", run_id=task.run_id, system_metrics=True, must_answer=False,
+                           numbers_wait=rank == 0) as run:
+        if rank == 0:
+            run.log_later(waited_out(lambda: stored_metrics(task.config.output)))
         yield run

@@ -9,6 +9,7 @@ file that is written in place, and a driver that is killed in that moment leaves
 It knows nothing of networks and of Ray.
 """
 
+import functools
 import json
 import logging
 import re
@@ -65,22 +66,18 @@ def superfluous(checkpoints: Sequence[Checkpoint], *, keep_newest: int) -> list[
     return [each for each in in_order[:-keep_newest] if each != best]
 
 
-def keep_checkpoint(output: str, iteration: int, files: Mapping[str, bytes], *, keep_newest: int) -> str | None:
-    """Put a checkpoint, then remove the superfluous ones; what the store said if it couldn't be put, else None.
+def keep_checkpoint(output: str, iteration: int, files: Mapping[str, bytes], *, keep_newest: int) -> None:
+    """Put a checkpoint, then remove the superfluous ones. StorageError where it can't be put; nothing of it is left.
 
     files  by name; `state.pt` goes last. What a run that was broken off left of this checkpoint is replaced.
     Old ones that can't be removed are a warning: they cost space, and the next time removes them.
     """
-    try:
-        _put(output, iteration, files)
-    except StorageError as error:
-        return str(error)
+    _put(output, iteration, files)
     try:
         for each in superfluous(list_checkpoints(output), keep_newest=keep_newest):
             _remove(output, each.iteration)
     except StorageError as error:
         logger.warning("an old checkpoint could not be removed, which is tried again at the next one: %s", error)
-    return None
 
 
 def _put(output: str, iteration: int, files: Mapping[str, bytes]) -> None:
@@ -124,6 +121,17 @@ def _files(output: str) -> dict[int, set[str]]:
 
 
 def _ap(output: str, iteration: int) -> float | None:
-    spec = json.loads(storage.read_object(storage.join(checkpoint_uri(output, iteration), SPEC_FILE)))
-    ap = spec.get("source", {}).get("evaluation", {}).get("ap")
-    return None if ap is None else float(ap)
+    """None also where the file is damaged: training goes on from the state, which is another one."""
+    uri = storage.join(checkpoint_uri(output, iteration), SPEC_FILE)
+    data = storage.read_object(uri)
+    try:
+        ap = json.loads(data).get("source", {}).get("evaluation", {}).get("ap")
+        return None if ap is None else float(ap)
+    except (ValueError, TypeError, AttributeError) as error:
+        _warn_once(f"{uri} is damaged, and its checkpoint counts as not validated: {error}")
+        return None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureRefused, decode_picture
+from pipeline.patience import waited_out
 from pipeline.pose.augment import Augmentation, TrainingSample, sample_generator, training_sample
 from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset, is_trainable, read_part
@@ -165,10 +166,10 @@ def turn_samples(dataset: ShardDataset, turn: Turn, recipe: SampleRecipe) -> Ite
     Each block: crop uint8 [n, H, W, 3] BGR; joints_xy float32 [n, K, 2] in crop pixels; visible int8 [n, K];
     annotation_id, slot int64 [n]. A person who can't be cropped (the picture doesn't decode, the box has no extent, no
     labelled joint is the skeleton's) is left out with a warning, and its slot with it; DataError where no person of a
-    whole shard can be.
+    whole shard can be. A store that is away is waited for (`pipeline.patience`).
     """
     part = dataset.parts[turn.part]
-    table = read_part(dataset, part, ["key", "bytes", "reason", "persons"])
+    table = waited_out(lambda: read_part(dataset, part, ["key", "bytes", "reason", "persons"]))
     persons = _trainable_persons(table)
     windows = person_order([len(each) for each in persons], seed=recipe.seed, epoch=turn.epoch, part=turn.part)
     slot, taken = turn.slot - turn.skip, 0

@@ -59,19 +59,22 @@ class TrackingRefused(TrackingError):
 
 
 class Run:
-    """An open run, or the null run that takes the same calls and keeps nothing (`run_id`, `url`: None).
+    """An open run, or the null run that takes the same calls and keeps nothing (`run_id`, `url`: None); or no more than
+    its numbers (`numbers_wait`), for who stores them.
 
     While MLflow can't be reached what is logged waits: all metrics, within reason, and some of everything else. It is
     sent when MLflow is back, at the latest when the run is closed.
     """
 
     def __init__(self, client: Any = None, *, location: str = "", run_id: str | None = None,
-                 url: str | None = None, connect: Callable[[], Any] | None = None) -> None:
+                 url: str | None = None, connect: Callable[[], Any] | None = None, numbers_wait: bool = False) -> None:
         self._client = client
         self._connect = connect
         self._location = location
         self.run_id = run_id
         self.url = url
+        self.ended = False  # and MLflow knows it
+        self._numbers_wait = numbers_wait or run_id is not None
         self._metrics = MetricsBuffer()
         self._others: deque[tuple[str, Callable[[Any, str], None]]] = deque()
         self._lost: list[str] = []
@@ -99,7 +102,7 @@ class Run:
 
     def log_later(self, metrics: Iterable[LoggedMetric]) -> None:
         """Let numbers wait for the next `flush`: what another process couldn't send."""
-        if self.run_id is not None:
+        if self._numbers_wait:
             self._metrics.add(metrics)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -152,10 +155,13 @@ class Run:
 
     def close(self, *, end: Callable[[Any, str], None] | None = None) -> None:
         """Send what waits, and the end of the run; say what is lost with this process."""
+        if self.run_id is None:
+            return
         if end is not None:
             self._others.append(("the end of the run", end))
         if self._others or self._metrics.waiting:
             self.flush(now=True)
+        self.ended = end is not None and not self._others
         lost = [*self._lost, *(what for what, _ in self._others)]
         if self._metrics.waiting or self._metrics.dropped or lost:
             logger.warning("MLflow at %s is not back. It lacks %d metrics%s", without_credentials(self._location),
@@ -256,7 +262,7 @@ def _bare_address(uri: str) -> str:
 
 @contextlib.contextmanager
 def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, ends: bool | None = None,
-             system_metrics: bool = False, must_answer: bool = True) -> Iterator[Run]:
+             system_metrics: bool = False, must_answer: bool = True, numbers_wait: bool = False) -> Iterator[Run]:
     """A run to log to, new or continued by `run_id`; the null run where tracking is off.
 
     A new run ends with the block: FINISHED, FAILED after an exception, KILLED after an interrupt. A continued
@@ -264,10 +270,11 @@ def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, 
     system_metrics  also log this machine's CPU, memory, disk, network and GPU, every 10 s, as `system/...`; they end
                     when MLflow doesn't answer
     must_answer     False, for a run that goes on: where MLflow can't be reached now, it may be later
+    numbers_wait    where tracking is off, what is logged as a number can still be had by `waiting_metrics`
     Raises TrackingError where MLflow can't be reached or doesn't know the run.
     """
     if not tracking.enabled:
-        yield Run()
+        yield Run(numbers_wait=numbers_wait)
         return
     owned = ends if ends is not None else run_id is None
     tracking = located(tracking)

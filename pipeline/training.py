@@ -5,9 +5,8 @@ It knows tensors and a network; not where batches come from, how many workers th
 
 import contextlib
 import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
 
@@ -24,8 +23,6 @@ from pipeline.model.network import PoseNetwork
 BETAS = (0.9, 0.999)  # the authors' Adam
 EPSILON = 1e-8
 STATE_VERSION = 2  # 2: the average of the weights
-DIVERGED = ("Lower optimiser.learning_rate_per_worker or lengthen optimiser.warmup_iterations, and train into a new "
-            "--output.")
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,14 @@ class TrainingBatch:
     joints_xy  float32 [B, K, 2] in crop pixels
     visible    [B, K]: -1 a joint that the data don't have, 0 not labelled, 1 occluded, 2 visible
     ids        int64 [B], the persons' annotation ids, to name them in an error
+    sets       int64 [B], the dataset of each, by its place among several; None: there is one
     """
 
     crops: Tensor
     joints_xy: Tensor
     visible: Tensor
     ids: Tensor
+    sets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,16 @@ class StepReport:
 
     loss   scalar, the total before the step
     heads  [S, heads of a stage], each head's share of it: stage by stage, coarse to fine
-    gradient_norm  scalar, of all gradients as one vector before they were clipped; None where they aren't
+    gradient_norm  scalar, of all gradients as one vector before they were clipped, averaged over the ranks; not finite
+                   where one of them, or one's square, isn't
     """
 
     iteration: int
     loss: Tensor
     heads: Tensor
     ids: Tensor
-    gradient_norm: Tensor | None = None
+    gradient_norm: Tensor
+    sets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,12 @@ def train_step(network: nn.Module, optimiser: torch.optim.Optimizer, batch: Trai
             loss = _loss(network, piece, spec, bfloat16=bfloat16, channels_last=channels_last)
             (loss.total / accumulate).backward()  # type: ignore[no-untyped-call]
         losses.append(loss)
-    norm = None if clip_norm is None else nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+    norm = nn.utils.get_total_norm([each.grad for each in network.parameters() if each.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(network.parameters(), clip_norm, norm)
     optimiser.step()
     total, heads = (torch.stack(values).mean(dim=0).detach() for values in zip(*losses, strict=True))
-    return StepReport(iteration, total, heads, batch.ids, norm)
+    return StepReport(iteration, total, heads, batch.ids, norm, batch.sets)
 
 
 def _loss(network: nn.Module, batch: TrainingBatch, spec: ModelSpec, *, bfloat16: bool,
@@ -170,28 +173,9 @@ def _pieces(network: nn.Module, batch: TrainingBatch, count: int,
     """Equal pieces of a batch, each with what it is computed in: the ranks' gradients meet after the last alone."""
     assert len(batch.crops) % count == 0, (len(batch.crops), count)
     apart = getattr(network, "no_sync", contextlib.nullcontext)
-    parts = zip(*(getattr(batch, field.name).chunk(count) for field in fields(batch)), strict=True)
-    for index, part in enumerate(parts, start=1):
+    taught = (batch.crops, batch.joints_xy, batch.visible, batch.ids)
+    for index, part in enumerate(zip(*(each.chunk(count) for each in taught), strict=True), start=1):
         yield TrainingBatch(*part), apart() if index < count else contextlib.nullcontext()
-
-
-def divergence(reports: Sequence[StepReport]) -> str | None:
-    """What is wrong with the first report whose loss isn't finite: its iteration, its persons, the remedy; or None."""
-    losses = torch.stack([report.loss for report in reports]).tolist() if reports else []
-    for report, loss in zip(reports, losses, strict=True):
-        if not math.isfinite(loss):
-            return (f"The loss of iteration {report.iteration} is {loss}: training has diverged. Its batch held the "
-                    f"annotations {report.ids.tolist()}: look at them. {DIVERGED}")
-    return None
-
-
-def not_finite(network: nn.Module, *, iteration: int) -> str | None:
-    """What is wrong with a network that holds a number which isn't finite: such a one is never kept; or None."""
-    for name, tensor in network.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            return (f"After iteration {iteration} the network isn't finite ({name}), though its losses were: training "
-                    f"has diverged. {DIVERGED}")
-    return None
 
 
 def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.device) -> TrainingBatch:
@@ -200,7 +184,8 @@ def as_batch(arrays: Mapping[str, npt.NDArray[Any] | Tensor], device: torch.devi
         value = arrays[name]
         return (value if isinstance(value, Tensor) else torch.tensor(value)).to(device, non_blocking=True)
 
-    return TrainingBatch(tensor("crop"), tensor("joints_xy"), tensor("visible"), tensor("annotation_id"))
+    return TrainingBatch(tensor("crop"), tensor("joints_xy"), tensor("visible"), tensor("annotation_id"),
+                         tensor("set") if "set" in arrays else None)
 
 
 # --- the state in a file ------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pipeline.drawing import contact_sheet, draw_persons
 from pipeline.errors import DataError
 from pipeline.evaluation import Evaluation, evaluate_keypoints
 from pipeline.images import decode_picture
+from pipeline.patience import waited_out
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.rows import AnnotatedPicture, keypoint_table
@@ -42,10 +43,12 @@ def validate_part(dataset: ShardDataset, part: ShardPart, predictor: Predictor, 
 
     A picture that was refused when it was sharded counts, without anybody found on it, as it does after `annotate`.
 
+    A store that is away is waited for (`pipeline.patience`).
+
     most_persons  stop once the pictures taken hold so many persons
     keep_bytes    of how many pictures with persons the bytes are kept, for `preview_sheet`
     """
-    rows = _first_rows(read_part(dataset, part, COLUMNS).to_pylist(), most_persons)
+    rows = _first_rows(waited_out(lambda: read_part(dataset, part, COLUMNS)).to_pylist(), most_persons)
     predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor)
     kept = {row["key"] for row in [row for row in rows if row["persons"] and row["bytes"]][:keep_bytes]}
     return [ValidatedPicture(picture, _truth(row), row["bytes"] if row["key"] in kept else None)

@@ -1,14 +1,19 @@
 """Two processes of torch.distributed on one machine, each with its own samples: what tests compare with one process."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import training
+from pipeline.checkpoints import keep_checkpoint
+from pipeline.errors import DataError
 from pipeline.model.compiling import compile_forward
 from pipeline.model.directory import ModelSpec
 from pipeline.model.loss import mspn_loss
@@ -21,6 +26,7 @@ from pipeline.pose.skeleton import COCO17
 WORLD = 2
 CONFIG = MSPNConfig(num_joints=17, num_stages=1, input_size_wh=(64, 64), blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
                     stem_channels=4, upsample_channels=8)
+SPEC = ModelSpec(network=CONFIG, skeleton=COCO17.to_json())
 
 
 def whole_batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -66,12 +72,23 @@ def compiled_ranks(folder: Path) -> list[dict[str, Any]]:
     return _on_ranks(_compiled, folder)
 
 
-def _on_ranks(work: Callable[[int], dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def failing_ranks(folder: Path) -> list[dict[str, str | None]]:
+    """What each of two ranks says, by what fails.
+
+    diverged  after four iterations, when rank 1's images are NaN in the third. In iteration i rank 0 trains on the
+              persons 10i0 and 10i1, rank 1 on 20i0 and 20i1
+    damaged   when it is to go on with a training none of whose checkpoints can be read
+    """
+    keep_checkpoint(str(folder), 100, {"state.pt": b"no state"}, keep_newest=1)
+    return _on_ranks(partial(_failing, output=str(folder)), folder)
+
+
+def _on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     multiprocessing.spawn(_rank, args=(work, str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
 
 
-def _rank(rank: int, work: Callable[[int], dict[str, Any]], folder: str) -> None:
+def _rank(rank: int, work: Callable[[int], Any], folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     torch.save(work(rank), Path(folder, f"rank-{rank}.pt"))
@@ -102,6 +119,42 @@ def _compiled(rank: int) -> dict[str, Any]:
         if way == "compiled":
             compile_forward(wrapped, "default")
         training.train_step(wrapped, torch.optim.SGD(network.parameters()), batch, iteration=1, rate=1e-4,
-                            spec=ModelSpec(network=CONFIG, skeleton=COCO17.to_json()), accumulate=2)
+                            spec=SPEC, accumulate=2)
         found[way] = network.state_dict()
     return found
+
+
+def _failing(rank: int, output: str) -> dict[str, str | None]:
+    return {"diverged": _diverging(rank), "damaged": _restoring(rank, output)}
+
+
+def _diverging(rank: int) -> str | None:
+    from jobs import train_worker  # takes seconds in each process: not for those who only compute
+
+    network = new_network().float()
+    wrapped = DistributedDataParallel(network, forward_sync_buffers=False)
+    optimiser = training.make_optimiser(network, weight_decay=0.0)
+    reports = []
+    for iteration in range(1, 5):
+        factor = math.nan if (rank, iteration) == (1, 3) else 1.0
+        spoiling = network.register_forward_pre_hook(lambda _, images, factor=factor: images[0] * factor)
+        ids = torch.tensor([0, 1]) + 1000 * (rank + 1) + 10 * iteration
+        batch = training.TrainingBatch(torch.full((2, 64, 64, 3), 128, dtype=torch.uint8),
+                                       torch.full((2, 17, 2), 30.0), torch.full((2, 17), 2), ids)
+        reports.append(training.train_step(wrapped, optimiser, batch, iteration=iteration, rate=1e-4, spec=SPEC))
+        spoiling.remove()
+    sets = [SimpleNamespace(dataset=SimpleNamespace(uri="shards"))]
+    worker = SimpleNamespace(rank=rank, world=WORLD, task=SimpleNamespace(sets=sets))
+    return train_worker._divergence(cast(Any, worker), reports, look_inside=False)
+
+
+def _restoring(rank: int, output: str) -> str:
+    from jobs.train_checkpoints import restore
+
+    task = cast(Any, SimpleNamespace(config=SimpleNamespace(output=output)))
+    network = new_network()
+    try:
+        restore(task, network, training.make_optimiser(network, weight_decay=0.0), None, rank=rank, world=WORLD)
+    except DataError as error:
+        return str(error)
+    return "restored"

@@ -26,14 +26,14 @@ def files(ap: float | None = None, state: bytes = b"state") -> dict[str, bytes]:
     return {"model.json": json.dumps({"source": source}).encode(), "state.pt": state, "model.safetensors": b"weights"}
 
 
-def keep(output: str, iteration: int, *, keep_newest: int = 2) -> str | None:
-    return checkpoints.keep_checkpoint(output, iteration, files(AP.get(iteration)), keep_newest=keep_newest)
+def keep(output: str, iteration: int, *, keep_newest: int = 2) -> None:
+    checkpoints.keep_checkpoint(output, iteration, files(AP.get(iteration)), keep_newest=keep_newest)
 
 
 def test_the_newest_stay_and_the_best(place: str) -> None:
     there = []
     for iteration in (100, 200, 300, 400, 500):
-        assert keep(place, iteration) is None
+        keep(place, iteration)
         there.append([each.iteration for each in list_checkpoints(place)])
     # by hand: the newest two, and the best so far; of the equal 0.40 the later one
     assert there == [[100], [100, 200], [200, 300], [200, 300, 400], [400, 500]]
@@ -90,7 +90,8 @@ def test_a_store_that_fails_is_said_and_leaves_the_others_and_no_half_one(
 
     put = storage.put_if_absent
     monkeypatch.setattr(storage, "put_if_absent", full)
-    assert keep(output, 200) == "no space left on device"
+    with pytest.raises(StorageError, match="no space left on device"):
+        keep(output, 200)
 
     assert [each.iteration for each in list_checkpoints(output)] == [100]
     assert not Path(checkpoints.checkpoint_uri(output, 200)).exists()
@@ -106,6 +107,15 @@ def test_a_checkpoint_is_a_model_that_any_command_takes(tmp_path: Path) -> None:
 
     network, _ = load_model(found.directory)
     assert network.config.widths == (4, 4, 4, 4)
+
+
+def test_a_checkpoint_with_a_damaged_specification_counts_as_not_validated_and_one_warning_says_so(
+        place: str, caplog: pytest.LogCaptureFixture) -> None:
+    for iteration, spec in ((100, b'{"source": {"evaluation"'), (200, b"[]"), (300, files(0.3)["model.json"])):
+        checkpoints.keep_checkpoint(place, iteration, files() | {"model.json": spec}, keep_newest=3)
+    for _ in range(2):
+        assert [(each.iteration, each.ap) for each in list_checkpoints(place)] == [(100, None), (200, None), (300, 0.3)]
+    assert caplog.text.count("is damaged, and its checkpoint counts as not validated") == 2
 
 
 # --- going on -----------------------------------------------------------------------------------------------------

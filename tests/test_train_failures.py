@@ -14,11 +14,12 @@ from unittest import mock
 import pytest
 
 from jobs import shard, train
-from pipeline import checkpoints, training
+from pipeline import checkpoints, patience, training
 from pipeline.config import ShardConfig, TrackingConfig, TrainConfig, load_config
 from pipeline.errors import DataError
 from pipeline.metrics_buffer import stored_metrics
 from pipeline.tracking import TrackingError
+from tests.fault_proxy import RESET, Fault, FaultProxy, Logged
 from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures
 
@@ -191,8 +192,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+class ImpatientWorker:
+    """A worker that doesn't wait for room."""
+
+    def __call__(self, settings: dict[str, Any]) -> str | None:
+        from jobs import train_worker
+
+        with mock.patch.object(patience, "PATIENCE_S", 0.0):
+            return train_worker.train_worker(settings)
+
+
 def test_a_full_disk_costs_checkpoints_then_the_run_and_with_room_the_same_command_goes_on(
-        world: Path, small_disk: Path) -> None:
+        world: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "train_worker", ImpatientWorker())
     wanted = config(world, small_disk / "model", iterations=40, keep_checkpoints=200)
     with pytest.raises(DataError, match=r"3 checkpoints in a row could not be kept.*Make room there") as error:
         train.run(wanted)
@@ -210,6 +222,41 @@ def test_a_full_disk_costs_checkpoints_then_the_run_and_with_room_the_same_comma
     assert kept(small_disk / "model")[:len(there)] == there
 
 
+class Outage:
+    """A store that is away for some seconds, from when so many shards have been read on."""
+
+    def __init__(self, *, after_reads: int, seconds: float) -> None:
+        self.after_reads, self.seconds, self.began = after_reads, seconds, 0.0
+
+    def __call__(self, request: Logged) -> Fault | None:
+        if request.kind == "GET" and "/shards/part-" in request.path:
+            self.after_reads -= 1
+        if self.after_reads < 0 and not self.began:
+            self.began = time.monotonic()
+        return RESET if self.began and time.monotonic() - self.began < self.seconds else None
+
+
+def test_a_bucket_that_is_away_while_data_are_read_costs_time_and_no_worker(
+        world: Path, s3: S3Server, bucket: str, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    s3.upload_folder(world / "shards", f"{bucket}/shards")
+    outage = Outage(after_reads=20, seconds=8)
+    monkeypatch.setattr(s3_proxy, "judge", outage)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_proxy.endpoint)
+    for name, value in (("AWS_ENDPOINT_URL", s3_proxy.endpoint), ("AWS_MAX_ATTEMPTS", "2")):
+        monkeypatch.setitem(train.WORKER_ENVIRONMENT, name, value)
+    monkeypatch.setattr(train, "MAX_FAILURES", 0)
+
+    result = train.run(config(world, f"{bucket}/model", data=f"{bucket}/shards", iterations=600, validate_every=300))
+
+    assert outage.began
+    assert (result["iterations"], result["samples"]) == (600, 2400)
+    assert "training goes on from there" not in caplog.text
+    printed = "".join(capfd.readouterr())
+    assert "the store is away, and asked again in 10 s" in printed
+    assert "the store is back after" in printed
+
+
 # --- MLflow -------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +266,8 @@ class TrackingServer:
     def __init__(self) -> None:
         self.losses: list[int] = []
         self.statuses: list[str] = []
+        self.params: set[str] = set()
+        self.created = self.asked = 0
         self._server = self._listen(0)
         self.port = self._server.server_port
 
@@ -237,7 +286,10 @@ class TrackingServer:
                 asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
                 kept.losses += [int(each["step"]) for each in asked.get("metrics", ()) if each["key"] == "loss"]
                 kept.statuses += [asked["status"]] if "status" in asked else []
-                info = {"run_id": "r1", "experiment_id": "7", "status": "RUNNING"}
+                kept.params |= {each["key"] for each in asked.get("params", ())}
+                kept.created += self.path.endswith("/runs/create")
+                kept.asked += 1
+                info = {"run_id": f"r{max(kept.created, 1)}", "experiment_id": "7", "status": "RUNNING"}
                 experiment = {"experiment_id": "7", "name": "pose", "lifecycle_stage": "active"}
                 self.send_response(200)
                 self.end_headers()

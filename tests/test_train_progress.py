@@ -20,5 +20,6 @@ def test_a_loss_is_said_in_four_digits_however_small_it_is(loss: float, said: st
     worker = cast(Worker, SimpleNamespace(task=SimpleNamespace(config=config), rank=0, world=1, iteration=1))
     progress = Progress(worker, cast(tracking.Run, None), last_line=float("-inf"))
     with caplog.at_level(logging.INFO, logger="jobs.train"):
-        progress.took(training.StepReport(1, torch.tensor(loss), torch.tensor([[loss]]), torch.tensor([7])))
+        progress.took(training.StepReport(1, torch.tensor(loss), torch.tensor([[loss]]), torch.tensor([7]),
+                                          torch.tensor(1.0)))
     assert said in caplog.text

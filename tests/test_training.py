@@ -102,32 +102,6 @@ def test_a_report_names_each_heads_share_of_the_loss() -> None:
     assert float(report.heads.sum()) == pytest.approx(float(report.loss), rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_is_named_with_its_iteration_and_persons() -> None:
-    network = MSPN(TINY).train()
-    optimiser = training.make_optimiser(network, weight_decay=0.0)
-    good = step(network, optimiser, random_batch(), 41, 0.0)
-    with torch.no_grad():
-        next(network.parameters()).fill_(float("nan"))
-    bad = step(network, optimiser, random_batch(), 42, 0.0)
-
-    assert training.divergence([good]) is None
-    message = training.divergence([good, bad])
-    assert message is not None
-    assert "iteration 42 is nan" in message
-    assert "[500, 501, 502]" in message
-
-
-def test_a_network_that_is_not_finite_is_named_before_it_is_kept() -> None:
-    network = MSPN(TINY)
-    assert training.not_finite(network, iteration=7) is None
-    with torch.no_grad():
-        network.stages[0].upsample.units[0].res_conv2.bn.running_var[1] = float("inf")
-    message = training.not_finite(network, iteration=7)
-    assert message is not None
-    assert "After iteration 7 the network isn't finite" in message
-    assert "res_conv2.bn.running_var" in message
-
-
 # --- the state in a file ------------------------------------------------------------------------------------------
 
 
