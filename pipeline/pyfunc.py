@@ -27,8 +27,9 @@ class PoseModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined,un
                 params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each person of each picture, in the order given.
 
-        model_input  `picture`: an image file's bytes; `boxes` (optional): list of [x, y, w, h] in picture
-                     pixels, None or absent: the whole picture is one person's box; []: no person
+        model_input  `picture`: an image file's bytes; `boxes` (optional): list of [x, y, w, h], floats in picture
+                     pixels (MLflow refuses integers); None or absent: the whole picture is one person's box;
+                     []: no person
         Returns      `prediction_columns`: picture_index (row of the input), person_index, box_x, box_y, box_w,
                      box_h, score (mean of the joints' scores), then <joint>_x, <joint>_y (picture pixels after
                      EXIF orientation) and <joint>_score for each joint
