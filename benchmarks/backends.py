@@ -26,7 +26,7 @@ from pipeline.model.directory import load_model
 from pipeline.model.inference import CPU, CUDA, OPENVINO, PLAIN, has_openvino
 from pipeline.prediction import Predictor
 from pipeline.shards import open_shards
-from pipeline.validation import ValidatedPicture, evaluate_pictures, validate_part
+from pipeline.validation import PartShare, ValidatedPicture, evaluate_pictures, validate_part
 
 Runs = list[list[ValidatedPicture]]
 MOVED_PX = 0.5
@@ -75,7 +75,7 @@ def annotate(predictor: Predictor, data: str, seed: int) -> list[ValidatedPictur
     """All annotated persons of the dataset; of a seed above 0 in other boxes, the same for each predictor."""
     dataset, crop = open_shards(data), predictor.crop_persons
     with mock.patch.object(predictor, "crop_persons", lambda image, boxes: crop(image, jittered(boxes, seed))):
-        return [picture for part in dataset.parts for picture in validate_part(dataset, part, predictor)]
+        return [picture for part in dataset.parts for picture in validate_part(dataset, PartShare(part), predictor)]
 
 
 def jittered(boxes_xywh: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:

@@ -25,7 +25,7 @@ from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.promotion import Promotion, PromotionRefused
 from pipeline.shards import ShardDataset, open_shards
-from pipeline.validation import ValidatedPicture, evaluate_pictures, validate_part
+from pipeline.validation import PartShare, ValidatedPicture, evaluate_pictures, validate_part
 
 logger = logging.getLogger("jobs.promote")
 PROGRESS_EVERY_S = 10
@@ -286,7 +286,7 @@ class ModelValidator:
         """One shard's annotated pictures, as each model predicts them."""
         self.predictors = self.predictors or [_predictor(files, measurement) for files in measurement.models]
         data = measurement.data
-        return [validate_part(data, data.parts[part], predictor) for predictor in self.predictors]
+        return [validate_part(data, PartShare(data.parts[part]), predictor) for predictor in self.predictors]
 
 
 def _predictor(files: Mapping[str, bytes], measurement: Measurement) -> Predictor:

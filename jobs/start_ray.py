@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline import storage
+from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError
 
 logger = logging.getLogger("jobs.ray")
@@ -63,7 +64,7 @@ def _connect() -> None:
         return
     # "local", not the default: a stale address file of an earlier cluster would otherwise be tried first.
     # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
-    ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), log_to_driver=True,
+    ray.init(address="local", num_cpus=max(4, usable_cores()), log_to_driver=True,
              logging_level=logging.WARNING)
     logger.info("started a local Ray: %s", _resources())
 
@@ -141,7 +142,7 @@ def num_cpus() -> int:
 def node_cpus() -> list[int]:
     """Cores of each node; of this machine where Ray is local, whose logical CPUs may be more."""
     cpus = [int(node.get("CPU", 0)) for node in _nodes()]
-    return cpus if os.environ.get("RAY_ADDRESS") else [min(sum(cpus), os.cpu_count() or 1)]
+    return cpus if os.environ.get("RAY_ADDRESS") else [min(sum(cpus), usable_cores())]
 
 
 def node_gpus() -> list[int]:

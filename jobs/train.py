@@ -115,7 +115,7 @@ def _train(config: TrainConfig, job: FrozenJob | None, inputs: dict[str, Any], s
             refuse_other_run(config, job, inputs, intent)
         _log_begin(run, config, job)
         run_id = adopt_run(run, config.output, job)
-        _fit(TrainTask(config, sets, val, intent, _source(config, job) | {"run_id": run_id}, run_id))
+        _fit(TrainTask(config, sets, val, intent, _source(config, job, run_id), run_id))
 
 
 def _begun_intent(config: TrainConfig, sets: tuple[TrainingSet, ...]) -> dict[str, Any]:
@@ -160,10 +160,10 @@ def _num_workers(workers: str) -> tuple[int, int]:
     return int(least), int(most or least)
 
 
-def _source(config: TrainConfig, job: FrozenJob) -> dict[str, Any]:
+def _source(config: TrainConfig, job: FrozenJob, run_id: str | None) -> dict[str, Any]:
     elsewhere = ("seed", "joints")
     recipe = {name: value for name, value in job.intent.items() if name not in elsewhere}
-    return {"job": job.digest, "run_id": job.about["run_id"], **job.input, "seed": config.seed, "recipe": recipe,
+    return {"job": job.digest, "run_id": run_id, **job.input, "seed": config.seed, "recipe": recipe,
             **code_version()}
 
 

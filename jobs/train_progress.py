@@ -2,9 +2,11 @@
 
 import copy
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 
@@ -15,7 +17,15 @@ from pipeline.model.network import PoseNetwork
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.samples import Arrays
-from pipeline.validation import PREVIEWS, ValidatedPicture, evaluate_pictures, preview_sheet, validate_part
+from pipeline.shards import ShardDataset
+from pipeline.validation import (
+    PREVIEWS,
+    ValidatedPicture,
+    evaluate_pictures,
+    preview_sheet,
+    rank_shares,
+    validate_part,
+)
 
 logger = logging.getLogger("jobs.train")
 REPORT_EVERY = 20  # iterations between metrics, as the authors log, and between looks for a loss that isn't finite
@@ -98,25 +108,34 @@ def _time_text(seconds: float) -> str:
 def validate(worker: Worker, run: tracking.Run) -> dict[str, float]:
     """The COCO numbers and PCK of rank 0's network, on every rank; {} without validation data.
 
-    The shards are dealt to the ranks, so each person is predicted once, and what comes of them is evaluated together.
+    The pictures are dealt to the ranks, so each person is predicted once; rank 0 evaluates what comes of them. Where it
+    can't, its error ends the worker, and so the others, who wait for it, are ended by Ray Train.
     """
     task = worker.task
     if task.val is None:
         return {}
     predictor = Predictor((_network_of_rank0(worker), worker.spec), backend="plain",
                           precision=task.intent["precision"])
-    most = task.config.validate_persons
-    mine = [picture for part in task.val.parts[worker.rank::worker.world]
-            for picture in validate_part(task.val, part, predictor, keep_bytes=PREVIEWS,
-                                         most_persons=most and -(-most // len(task.val.parts)))]
-    pictures = [picture for each in gather(worker, _with_few_bytes(mine)) for picture in each]
-    evaluation = evaluate_pictures(pictures, predictor.skeleton)
+    mine = _validate_share(worker, task.val, predictor)
+    predicted = gather(worker, [replace(picture, data=None) for picture in mine])
+    metrics: dict[str, float] = {}
     if worker.rank == 0:
-        numbers = ", ".join(f"{name} {value:.3f}" for name, value in evaluation_metrics(evaluation).items())
+        evaluation = evaluate_pictures(list(chain.from_iterable(predicted)), predictor.skeleton)
+        metrics = evaluation_metrics(evaluation)
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         logger.info("validation after iteration %d: %s", worker.iteration, numbers)
-        of_joints = joint_metrics(evaluation, predictor.skeleton)
-        _log_validation(worker, run, evaluation_metrics(evaluation) | of_joints, pictures)
-    return evaluation_metrics(evaluation)
+        _log_validation(worker, run, metrics | joint_metrics(evaluation, predictor.skeleton), mine)
+    return dict(gather(worker, metrics)[0])
+
+
+def _validate_share(worker: Worker, val: ShardDataset, predictor: Predictor) -> list[ValidatedPicture]:
+    """The rank's pictures; those of rank 0 alone keep some bytes, to be drawn."""
+    most = worker.task.config.validate_persons
+    most_of_part = None if most is None else math.ceil(most / len(val.parts))
+    shares = rank_shares(val.parts, rank=worker.rank, world=worker.world, most_persons=most_of_part)
+    return [picture for share in shares
+            for picture in validate_part(val, share, predictor, most_persons=most_of_part,
+                                         keep_bytes=PREVIEWS if worker.rank == 0 else 0)]
 
 
 def _network_of_rank0(worker: Worker) -> PoseNetwork:
@@ -126,15 +145,6 @@ def _network_of_rank0(worker: Worker) -> PoseNetwork:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
     return network
-
-
-def _with_few_bytes(pictures: Iterable[ValidatedPicture]) -> list[ValidatedPicture]:
-    kept = 0
-    few = []
-    for picture in pictures:
-        kept += picture.data is not None
-        few.append(picture if kept <= PREVIEWS else replace(picture, data=None))
-    return few
 
 
 def _log_validation(worker: Worker, run: tracking.Run, numbers: dict[str, float],

@@ -6,7 +6,6 @@ come from the rank's own Ray Data pipeline.
 
 import contextlib
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from jobs.train_start import open_worker
 from jobs.train_task import TrainTask, Worker, gather, schedule_of
 from pipeline import checkpoints, tracking, training
 from pipeline.checkpoints import STATE_FILE, Checkpoint
+from pipeline.cores import usable_cores
 from pipeline.divergence import divergence, divergence_text, not_finite
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
@@ -197,10 +197,10 @@ def _log_from_worker() -> None:
 
 
 def _threads() -> int:
-    """This worker's share of its machine's cores. Ray sets OMP_NUM_THREADS=1 for a worker of one CPU."""
+    """This worker's share of the cores that it may use. Ray sets OMP_NUM_THREADS=1 for a worker of one CPU."""
     import ray.train
 
-    return max(1, (os.cpu_count() or 1) // int(ray.train.get_context().get_local_world_size()))
+    return max(1, usable_cores() // int(ray.train.get_context().get_local_world_size()))
 
 
 @contextlib.contextmanager

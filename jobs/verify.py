@@ -5,7 +5,6 @@ Everything that is wrong is printed on stderr, a line each; nothing is written. 
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from jobs.start_ray import num_cpus, start_ray
 from pipeline.config import VerifyConfig, locations
+from pipeline.cores import usable_cores
 from pipeline.errors import ConfigError, DataError, printable
 from pipeline.verification.chain import open_chain
 from pipeline.verification.finding import Finding
@@ -102,7 +102,7 @@ def _check_parts(check: Callable[[Part], Report], parts: Iterator[Part], count: 
                  at_once: int | None) -> list[Report]:
     """The reports of all parts, by name: by threads where there are few, else by Ray tasks."""
     if count <= FEW_PARTS:
-        with ThreadPoolExecutor(at_once or os.cpu_count()) as threads:
+        with ThreadPoolExecutor(at_once or usable_cores()) as threads:
             reports = list(threads.map(check, parts))
     else:
         with start_ray():

@@ -163,7 +163,8 @@ class TrainConfig(Settings):
                                          "same model in less memory and more time")
     threads: int | None = Field(None, ge=1)
     validate_every: int = Field(2400, ge=1, description="iterations between validations and checkpoints")
-    validate_persons: int | None = Field(None, ge=1)
+    validate_persons: int | None = Field(None, ge=1, description="about so many, the first ones of each shard of val; "
+                                         "default: all")
     keep_checkpoints: int = Field(2, ge=1, description="the newest so many, and the best")
     keep: Literal["last", "best"] = Field(
         "last", description="whose weights become the model: the last iteration's, as the authors', or those of the "

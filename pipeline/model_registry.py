@@ -5,6 +5,7 @@ Registering and resolving a model raise `TrackingError` where MLflow can't be us
 
 import hashlib
 import importlib.metadata
+import json
 import re
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from typing import Any
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.pose.skeleton import Skeleton
+from pipeline.rows import prediction_columns
 from pipeline.tracking import located, mlflow_errors, open_client, open_run
 
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
@@ -91,22 +94,23 @@ def _log_pyfunc(directory: Path, name: str, tags: Mapping[str, str], *, tracking
         info = Model.log(
             artifact_path=None, name=MODEL_ARTIFACT, flavor=mlflow.pyfunc, run_id=run_id,
             registered_model_name=name, python_model=str(package / "pyfunc.py"), code_paths=[str(package)],
-            artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(), pip_requirements=_requirements(),
-            tags=dict(tags),
+            artifacts={MODEL_ARTIFACT: str(directory)}, signature=_signature(directory),
+            pip_requirements=_requirements(), tags=dict(tags),
         )
     return str(info.registered_model_version)
 
 
-def _signature() -> Any:
-    """Picture bytes and boxes in; the keypoint columns depend on the model's joints and are left open."""
+def _signature(directory: Path) -> Any:
+    """Picture bytes and boxes in; a row for each person out, with the joints that the directory's model.json names."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType, Schema
 
+    skeleton = Skeleton.from_json(json.loads((directory / SPEC_FILE).read_text())["skeleton"])
+
     inputs = Schema([ColSpec(DataType.binary, "picture"),
                      ColSpec(Array(Array(DataType.double)), "boxes", required=False)])
-    numbers = (*(f"box_{side}" for side in "xywh"), "score")
-    outputs = Schema([ColSpec(DataType.long, "picture_index"), ColSpec(DataType.long, "person_index"),
-                      *(ColSpec(DataType.double, name) for name in numbers)])
+    types = {"int64": DataType.long, "float64": DataType.double}
+    outputs = Schema([ColSpec(types[kind], name) for name, kind in prediction_columns(skeleton).items()])
     return ModelSignature(inputs=inputs, outputs=outputs)
 
 

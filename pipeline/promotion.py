@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.annotation import annotated_boxes, usable_boxes
 from pipeline.errors import ConfigError
 from pipeline.pose.skeleton import Skeleton
+from pipeline.rows import prediction_columns
 from pipeline.shards import ShardDataset, read_part
 
 SCRIPT = Path(__file__).with_name("fresh_predict.py")
@@ -123,18 +124,13 @@ def refuse_bad_answer(answer: Mapping[str, Any], skeleton: Skeleton, num_boxes: 
         raise PromotionRefused(
             f"{reference} runs only where this project is installed: it took {name} from {file}, not from what MLflow "
             "stored with it. Register it again.")
-    if answer["columns"] != _prediction_columns(skeleton):
+    if answer["columns"] != list(prediction_columns(skeleton)):
         raise PromotionRefused(f"{reference} answers with the columns {', '.join(answer['columns'])}, not those of "
                                f"its {skeleton.num_joints} joints. Register it again.")
     if len(answer["rows"]) != num_boxes:
         raise PromotionRefused(f"{reference} gave {len(answer['rows'])} rows for {num_boxes} boxes.")
     if any(value is None for row in answer["rows"] for value in row):
         raise PromotionRefused(f"{reference} predicts numbers that aren't finite: its weights are broken. Train again.")
-
-
-def _prediction_columns(skeleton: Skeleton) -> list[str]:
-    joints = [f"{column}_{value}" for column in skeleton.columns() for value in ("x", "y", "score")]
-    return ["picture_index", "person_index", "box_x", "box_y", "box_w", "box_h", "score", *joints]
 
 
 def _short(sha256: str | None) -> str:

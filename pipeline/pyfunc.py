@@ -13,6 +13,7 @@ import pandas as pd
 
 from pipeline.images import PictureLimits, decode_picture
 from pipeline.prediction import Predictor
+from pipeline.rows import prediction_columns
 
 
 class PoseModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined,unused-ignore]
@@ -26,18 +27,20 @@ class PoseModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined,un
                 params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row for each person of each picture, in the order given.
 
-        model_input  `picture`: an image file's bytes; `boxes` (optional): list of [x, y, w, h] in picture
-                     pixels, None or absent: the whole picture is one person's box; []: no person
-        Returns      picture_index (row of the input), person_index, box_x, box_y, box_w, box_h, score (mean
-                     of the joints' scores), then <joint>_x, <joint>_y (picture pixels after EXIF
-                     orientation) and <joint>_score for each joint
+        model_input  `picture`: an image file's bytes; `boxes` (optional): list of [x, y, w, h], floats in picture
+                     pixels (MLflow refuses integers); None or absent: the whole picture is one person's box;
+                     []: no person
+        Returns      `prediction_columns`: picture_index (row of the input), person_index, box_x, box_y, box_w,
+                     box_h, score (mean of the joints' scores), then <joint>_x, <joint>_y (picture pixels after
+                     EXIF orientation) and <joint>_score for each joint
         A picture that can't be decoded is a PictureRefused, which names the reason.
         """
         boxes = model_input["boxes"] if "boxes" in model_input else [None] * len(model_input)
         pictures = zip(model_input["picture"], boxes, strict=True)
         rows = [row for index, (data, own) in enumerate(pictures)
                 for row in self._person_rows(index, data, own)]
-        return pd.DataFrame(rows, columns=self._columns())
+        columns = prediction_columns(self.predictor.skeleton)
+        return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
     def _person_rows(self, picture_index: int, data: bytes, boxes: Any) -> list[list[float]]:
         image_bgr = decode_picture(bytes(data), PictureLimits())
@@ -46,11 +49,6 @@ class PoseModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined,un
         joints = np.concatenate([persons.joints_xy, persons.joint_scores[..., None]], axis=-1)
         return [[picture_index, index, *boxes_xywh[index].tolist(), float(persons.scores[index]),
                  *joints[index].ravel().tolist()] for index in range(len(boxes_xywh))]
-
-    def _columns(self) -> list[str]:
-        names = self.predictor.skeleton.columns()
-        joints = [f"{name}_{part}" for name in names for part in ("x", "y", "score")]
-        return ["picture_index", "person_index", "box_x", "box_y", "box_w", "box_h", "score", *joints]
 
 
 def _boxes_xywh(boxes: Any, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -76,9 +76,20 @@ def person_scores(box_scores: np.ndarray[Any, Any], joint_scores: np.ndarray[Any
     return np.asarray(box_scores * joint_scores.astype(np.float64).mean(axis=1))
 
 
+def joint_columns(skeleton: Skeleton) -> list[str]:
+    """`<joint>_x`, `<joint>_y`, `<joint>_score` of each joint, in their order."""
+    return [f"{column}_{value}" for column in skeleton.columns() for value in ("x", "y", "score")]
+
+
+def prediction_columns(skeleton: Skeleton) -> dict[str, str]:
+    """What a registered model answers with: each column and its numpy type."""
+    numbers = [*(f"box_{side}" for side in "xywh"), "score", *joint_columns(skeleton)]
+    return {"picture_index": "int64", "person_index": "int64"} | dict.fromkeys(numbers, "float64")
+
+
 def keypoint_schema(skeleton: Skeleton) -> pa.Schema:
     """The columns of a keypoint dataset: the fixed ones, x, y and score of each joint, and the job that wrote it."""
-    joints = [(f"{column}_{value}", pa.float32()) for column in skeleton.columns() for value in ("x", "y", "score")]
+    joints = [(column, pa.float32()) for column in joint_columns(skeleton)]
     return pa.schema([*KEYPOINT_FIXED, *joints, ("job", pa.string())])
 
 
@@ -99,8 +110,7 @@ def pictures_of_table(table: pa.Table, skeleton: Skeleton) -> Iterator[Annotated
     """The inverse of `keypoint_table`, from rows sorted as it sorts them; `boxes_refused` and `suppressed`
     aren't in rows, and are 0."""
     fixed = table.select([name for name, _ in KEYPOINT_FIXED]).to_pylist()
-    names = [f"{column}_{value}" for column in skeleton.columns() for value in ("x", "y", "score")]
-    joints = np.stack([table[name].to_numpy().astype(np.float32) for name in names], -1)
+    joints = np.stack([table[name].to_numpy().astype(np.float32) for name in joint_columns(skeleton)], -1)
     joints = joints.reshape(len(fixed), skeleton.num_joints, 3)
     start = 0
     while start < len(fixed):

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,11 +218,28 @@ def iterate_part(dataset: ShardDataset, part: ShardPart,
 
     Refused as by `read_part`, before the first row comes. `columns` must hold `key`.
     """
-    wanted = None if columns is None else list(columns)
     with pq.ParquetFile(_checked_part(dataset, part)) as file:
-        # a few rows are read in less time than Arrow's threads take to divide them
-        for batch in file.iter_batches(STREAMED_ROWS, columns=wanted, use_threads=False):
-            yield from live_rows(dataset, part, pa.Table.from_batches([batch])).to_pylist()
+        yield from _streamed_rows(dataset, part, file, columns)
+
+
+def read_chosen(dataset: ShardDataset, part: ShardPart, columns: Sequence[str],
+                choose: Callable[[list[dict[str, Any]]], Container[str]]) -> list[dict[str, Any]]:
+    """Those of one shard's live rows whose keys are chosen: in memory are the file as stored, then these rows.
+
+    choose  of all rows without their `bytes`: the keys that are wanted
+    Refused as by `read_part`. `columns` must hold `key`.
+    """
+    with pq.ParquetFile(_checked_part(dataset, part)) as file:
+        without_bytes = [column for column in columns if column != "bytes"]
+        keys = choose(list(_streamed_rows(dataset, part, file, without_bytes)))
+        return [row for row in _streamed_rows(dataset, part, file, columns) if row["key"] in keys]
+
+
+def _streamed_rows(dataset: ShardDataset, part: ShardPart, file: pq.ParquetFile,
+                   columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    # a few rows are read in less time than Arrow's threads take to divide them
+    for batch in file.iter_batches(STREAMED_ROWS, columns=columns and list(columns), use_threads=False):
+        yield from live_rows(dataset, part, pa.Table.from_batches([batch])).to_pylist()
 
 
 def _checked_part(dataset: ShardDataset, part: ShardPart) -> pa.BufferReader:

@@ -1,10 +1,12 @@
 """How good a network is on an annotated shard dataset: predict its persons as `annotate` does, and evaluate.
 
-Several processes can each take some shards; what they predict is put together and evaluated once.
+Several processes can each take a share of the pictures; what they predict is put together and evaluated once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from pipeline.patience import waited_out
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
 from pipeline.rows import AnnotatedPicture, keypoint_table
-from pipeline.shards import ShardDataset, ShardPart, read_part
+from pipeline.shards import ShardDataset, ShardPart, read_chosen
 
 JOB = "validation"
 COLUMNS = ("key", "etag", "sha256", "image_id", "width", "height", "bytes", "persons", "reason", "error")
@@ -37,18 +39,57 @@ class ValidatedPicture:
     data: bytes | None
 
 
-def validate_part(dataset: ShardDataset, part: ShardPart, predictor: Predictor, *, most_persons: int | None = None,
+@dataclass(frozen=True)
+class PartShare:
+    """What one of several processes takes of a part: from `start` up to `end`, of 0 to 1, all its work in order."""
+
+    part: ShardPart
+    start: Fraction = Fraction(0)
+    end: Fraction = Fraction(1)
+
+
+def rank_shares(parts: Sequence[ShardPart], *, rank: int, world: int, most_persons: int | None = None,
+                ) -> list[PartShare]:
+    """What a rank takes of some parts, with as much work for each rank as the parts' counts tell.
+
+    The parts lie end to end, each as long as its work, and are cut into `world` equal lengths: every picture is in one
+    of them, and a part is read by neighbouring ranks alone.
+
+    most_persons  as `validate_part` is given it
+    """
+    works = [_part_work(part, most_persons) for part in parts]
+    first, last = (Fraction(sum(works) * edge, world) for edge in (rank, rank + 1))
+    shares = []
+    for part, work, end in zip(parts, works, accumulate(works), strict=True):
+        inside = [min(max(edge - end + work, Fraction(0)), Fraction(work)) / work for edge in (first, last)]
+        if inside[0] < inside[1]:
+            shares.append(PartShare(part, *inside))
+    return shares
+
+
+def _part_work(part: ShardPart, most_persons: int | None) -> int:
+    """About how many pictures are decoded and persons predicted; more than 0, so that a part is somebody's."""
+    work = 1 + int(part.counts["rows"]) + int(part.counts["persons"])
+    return work if most_persons is None else min(work, 2 * most_persons)
+
+
+def validate_part(dataset: ShardDataset, share: PartShare, predictor: Predictor, *, most_persons: int | None = None,
                   keep_bytes: int = 0) -> list[ValidatedPicture]:
-    """The pictures of one shard that have annotations, each person with its own box, crowds left out.
+    """A shard's pictures that have annotations, or a share of them: each person with its own box, crowds left out.
 
     A picture that was refused when it was sharded counts, without anybody found on it, as it does after `annotate`.
 
     A store that is away is waited for (`pipeline.patience`).
 
-    most_persons  stop once the pictures taken hold so many persons
+    most_persons  of the whole part: stop once the pictures taken hold so many persons
     keep_bytes    of how many pictures with persons the bytes are kept, for `preview_sheet`
+
+    The file is read whole, since its SHA-256 is the whole file's; in memory is what is stored, then the share alone.
     """
-    rows = _first_rows(waited_out(lambda: read_part(dataset, part, COLUMNS)).to_pylist(), most_persons)
+    def choose(rows: list[dict[str, Any]]) -> set[str]:
+        return _keys_of_share(_first_rows(rows, most_persons), share)
+
+    rows = waited_out(lambda: read_chosen(dataset, share.part, COLUMNS, choose))
     predicted = annotate_pictures([_to_annotate(row) for row in rows], predictor)
     kept = {row["key"] for row in [row for row in rows if row["persons"] and row["bytes"]][:keep_bytes]}
     return [ValidatedPicture(picture, _truth(row), row["bytes"] if row["key"] in kept else None)
@@ -78,7 +119,14 @@ def preview_sheet(pictures: Sequence[ValidatedPicture], skeleton: Skeleton, *,
     return contact_sheet(drawn) if drawn else None
 
 
-def _first_rows(rows: list[dict[str, Any]], most_persons: int | None) -> list[dict[str, Any]]:
+def _keys_of_share(rows: Sequence[Mapping[str, Any]], share: PartShare) -> set[str]:
+    """Of a part's rows the pictures whose work begins in the share."""
+    works = [1 + _num_persons(row) for row in rows]
+    begins = (Fraction(end - work, sum(works)) for work, end in zip(works, accumulate(works), strict=True))
+    return {row["key"] for row, begin in zip(rows, begins, strict=True) if share.start <= begin < share.end}
+
+
+def _first_rows(rows: Sequence[dict[str, Any]], most_persons: int | None) -> list[dict[str, Any]]:
     """The annotated pictures; an image_id is needed to evaluate them."""
     chosen: list[dict[str, Any]] = []
     num_persons = 0
@@ -87,9 +135,13 @@ def _first_rows(rows: list[dict[str, Any]], most_persons: int | None) -> list[di
             continue
         if most_persons is not None and num_persons >= most_persons:
             break
-        num_persons += sum(not person["iscrowd"] for person in row["persons"])
+        num_persons += _num_persons(row)
         chosen.append(row)
     return chosen
+
+
+def _num_persons(row: Mapping[str, Any]) -> int:
+    return sum(not person["iscrowd"] for person in row["persons"])
 
 
 def _to_annotate(row: dict[str, Any]) -> PictureToAnnotate:

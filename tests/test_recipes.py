@@ -1,6 +1,7 @@
 """The recipes and presets that come with the program: each is complete, builds the network that it says, and trains."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,21 @@ def test_one_step_of_each_recipe_minimises_its_own_loss(
 
     torch.testing.assert_close(report.heads, expected.heads.detach(), rtol=1e-4, atol=1e-3)
     assert not torch.equal(network.top.conv.conv.weight, before)
+
+
+def test_a_run_in_bfloat16_takes_its_steps_in_it(data: shards.ShardDataset) -> None:
+    given = task(small([]), data)
+
+    def first_step(precision: str) -> training.StepReport:
+        network, spec = new_network(given)
+        optimiser = training.make_optimiser(network, weight_decay=0.0)
+        asked = replace(given, intent={"precision": precision})
+        worker = Worker(asked, 0, 1, torch.device("cpu"), spec, network.train(), network, optimiser, 0, (0,))
+        return _step(worker, first_batch(given, spec), schedule_of(given.config, world=1))
+
+    exact, rounded = first_step("float32"), first_step("bfloat16")
+    assert not torch.equal(rounded.loss, exact.loss)
+    torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.01, atol=0)
 
 
 def test_a_model_of_mmposes_recipe_is_used_as_an_imported_one_of_theirs(data: shards.ShardDataset) -> None:

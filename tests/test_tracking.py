@@ -424,6 +424,21 @@ def test_the_stored_model_predicts_what_the_predictor_does(tracking, registered,
     np.testing.assert_allclose(whole["nose_x"], expected.joints_xy[2:, 0, 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("boxes", [None, []], ids=["a person", "nobody"])
+def test_the_signature_names_what_is_predicted_column_by_column_with_its_type(tracking, registered, boxes):
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.uri)
+    stored = mlflow.pyfunc.load_model(registered["reference"])
+    picture = bytes(cv2.imencode(".png", np.zeros((60, 80, 3), np.uint8))[1])
+    predicted = stored.predict(pd.DataFrame({"picture": [picture], "boxes": [boxes]}))
+
+    joints = [f"{joint}_{value}" for joint in COCO17.joints for value in ("x", "y", "score")]
+    assert list(predicted) == ["picture_index", "person_index", "box_x", "box_y", "box_w", "box_h", "score", *joints]
+    signed = stored.metadata.signature.outputs
+    assert dict(zip(signed.input_names(), signed.numpy_types(), strict=True)) == predicted.dtypes.to_dict()
+
+
 def test_a_model_that_is_not_ours_is_refused(tracking, tmp_path):
     with open_run(tracking, name="other") as run:
         run.log_text("model/readme.txt", "no model directory")

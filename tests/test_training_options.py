@@ -17,9 +17,11 @@ from pipeline.config import TrainConfig, load_config
 from pipeline.errors import ConfigError
 from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops, save_model
+from pipeline.model.loss import mspn_loss
 from pipeline.model.mspn import MSPN
 from pipeline.model.recompute import recompute_activations
 from pipeline.model.sync_batch_norm import synchronise_batch_norms
+from pipeline.model.targets import draw_targets
 from pipeline.pose.skeleton import COCO17
 from tests import gloo_ranks
 from tests.worlds import TINY
@@ -100,6 +102,43 @@ def test_shorter_gradients_are_left_alone() -> None:
     sgd_step(clipped, random_batch(), clip_norm=norm(gradients(plain)) * 1.01)
     assert_same_bits(gradients(clipped), gradients(plain))
     assert_same_bits(clipped.state_dict(), plain.state_dict())
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------------
+
+
+def test_in_bfloat16_heatmaps_and_gradients_are_rounded_and_near_those_of_float32() -> None:
+    exact, rounded = new_network().eval(), new_network().eval()  # a batch's own statistics would magnify the rounding
+    seen = {network: heatmaps_of(network) for network in (exact, rounded)}
+    expected, found = sgd_step(exact, random_batch()), sgd_step(rounded, random_batch(), bfloat16=True)
+
+    # each layer rounds by 2**-9 of a value at most
+    for head, wanted in zip(seen[rounded], seen[exact], strict=True):
+        assert (head.dtype, wanted.dtype) == (torch.bfloat16, torch.float32)
+        assert 0 < float((head.float() - wanted).norm() / wanted.norm()) < 0.02
+    both = torch.stack([flat(gradients(network)) for network in (rounded, exact)])
+    assert 0 < float((both[0] - both[1]).norm() / both[1].norm()) < 0.05
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-3)
+
+
+def test_in_bfloat16_loss_targets_gradients_and_weights_are_float32() -> None:
+    class Dark(MSPN):
+        """Heatmaps of nothing, which are the same number in either precision."""
+
+        def forward(self, images: Tensor) -> list[list[Tensor]]:
+            dark = sum(weight.sum() for weight in self.parameters()) * 0
+            return [[dark.expand(len(images), 17, 16, 16).bfloat16()] * 4]
+
+    network, batch = Dark(TINY), random_batch()
+    exact, rounded = sgd_step(network, batch), sgd_step(network, batch, bfloat16=True)
+    assert rounded.heads.dtype == torch.float32
+    assert torch.equal(rounded.heads, exact.heads)
+    assert {each.dtype for each in (*network.parameters(), *gradients(network).values())} == {torch.float32}
+
+    targets = draw_targets(batch.joints_xy, batch.visible, (64, 64))
+    heatmaps = [[torch.zeros(6, 17, 16, 16)] * 4]
+    assert torch.equal(mspn_loss(heatmaps, targets, batch.visible).heads.detach(), rounded.heads)
+    assert not torch.equal(mspn_loss(heatmaps, targets.bfloat16(), batch.visible).heads, rounded.heads)
 
 
 # --- the average of the weights -----------------------------------------------------------------------------------
@@ -313,6 +352,17 @@ def sgd_step(network: MSPN, batch: training.TrainingBatch, rate: float = 1e-6,
 
 def gradients(network: MSPN) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+def heatmaps_of(network: MSPN) -> list[Tensor]:
+    """The heatmaps of each head, once the network has been called."""
+    seen: list[Tensor] = []
+    network.register_forward_hook(lambda *given: seen.extend(head.detach() for stage in given[2] for head in stage))
+    return seen
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.ravel() for tensor in tensors.values()])
 
 
 def norm(tensors: dict[str, Tensor]) -> float:

@@ -1,17 +1,31 @@
 """The numbers of validation in the loop and of promotion are those of `annotate` and `evaluate`, to the last digit."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from jobs import annotate, evaluate, promote, shard
+from jobs import annotate, evaluate, promote, shard, train_progress
+from jobs.train_task import Worker
 from pipeline.config import AnnotateConfig, EvaluateConfig, PromotionConfig, ShardConfig
 from pipeline.evaluation import COCO_NUMBERS, joint_metrics
+from pipeline.model.directory import load_model
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
-from pipeline.shards import ShardDataset, open_shards
-from pipeline.validation import ValidatedPicture, evaluate_pictures, preview_sheet, validate_part
+from pipeline.shards import ShardDataset, ShardPart, open_shards, read_part
+from pipeline.validation import (
+    PartShare,
+    ValidatedPicture,
+    evaluate_pictures,
+    preview_sheet,
+    rank_shares,
+    validate_part,
+)
 from tests.worlds import NO_TRACKING, annotated_persons, write_pictures
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -38,7 +52,7 @@ def data(world: Path) -> ShardDataset:
 
 def validated(data: ShardDataset) -> list[ValidatedPicture]:
     predictor = Predictor(TRAINED, backend="plain")
-    return [picture for part in data.parts for picture in validate_part(data, part, predictor)]
+    return [picture for part in data.parts for picture in validate_part(data, PartShare(part), predictor)]
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +65,95 @@ def evaluated(world: Path) -> dict[str, Any]:
                                        tracking=NO_TRACKING))
 
 
-def test_training_validates_as_annotate_and_evaluate_do(data: ShardDataset, evaluated: dict[str, Any]) -> None:
-    predictor = Predictor(TRAINED, backend="plain")  # as in the loop, where the network is on its device already
-    two_ranks = [data.parts[rank::2] for rank in range(2)]
-    pictures = [picture for parts in two_ranks for part in parts for picture in validate_part(data, part, predictor)]
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_training_validates_on_any_number_of_workers_as_annotate_and_evaluate_do(
+        data: ShardDataset, evaluated: dict[str, Any], monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    evaluations: list[int] = []
+    monkeypatch.setattr(train_progress, "evaluate_pictures", lambda pictures, skeleton: (
+        evaluations.append(len(pictures)), evaluate_pictures(pictures, skeleton))[1])
+    logged: list[dict[str, float]] = []
+    run = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics), log_picture=lambda *_: None)
 
-    evaluation = evaluate_pictures(pictures, COCO17)
+    found = on_ranks(monkeypatch, data, world_size, lambda worker: train_progress.validate(worker, cast(Any, run)))
 
     assert evaluated["ap"] > 0.1
-    assert evaluation.coco == {name: evaluated[name.lower()] for name in COCO_NUMBERS}
-    assert evaluation.pck == evaluated["pck"]
-    assert [joint.pck for joint in evaluation.joints] == [joint["pck"] for joint in evaluated["joints"]]
+    names = [*map(str.lower, COCO_NUMBERS), "pck"]
+    assert found == [{name: evaluated[name] for name in names}] * world_size
+    joints = {f"val_pck_{joint['name']}": joint["pck"] for joint in evaluated["joints"]}
+    assert logged == [{f"val_{name}": evaluated[name] for name in names} | joints]
+    assert evaluations == [12]
+
+
+def on_ranks(monkeypatch: pytest.MonkeyPatch, data: ShardDataset, world_size: int,
+             act: Callable[[Worker], Any]) -> list[Any]:
+    """What each rank's act gives, all at once: threads stand for the processes, and a barrier for torch.distributed."""
+    given: list[Any] = [None] * world_size
+    barrier = threading.Barrier(world_size, timeout=60)
+
+    def gather(worker: Worker, value: Any) -> list[Any]:
+        given[worker.rank] = value
+        barrier.wait()
+        values = list(given)
+        barrier.wait()
+        return values
+
+    monkeypatch.setattr(train_progress, "gather", gather)
+    monkeypatch.setattr(train_progress, "_network_of_rank0", lambda worker: worker.network)
+    network, spec = load_model(TRAINED)
+    config = SimpleNamespace(validate_persons=None)
+    task = SimpleNamespace(val=data, config=config, intent={"precision": "float32"})
+    workers = [cast(Worker, SimpleNamespace(task=task, rank=rank, world=world_size, network=network, spec=spec,
+                                            iteration=1)) for rank in range(world_size)]
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(act, workers))
+
+
+# --- who takes which pictures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most_persons", [None, 2])
+@pytest.mark.parametrize("world_size", [2, 3, 7, 64])
+def test_however_many_workers_there_are_the_same_pictures_are_predicted_once(
+        data: ShardDataset, world_size: int, most_persons: int | None) -> None:
+    predictor = Predictor(TRAINED, backend="null")
+
+    def keys(rank: int, world: int) -> list[str]:
+        shares = rank_shares(data.parts, rank=rank, world=world, most_persons=most_persons)
+        return [picture.predicted.picture["key"] for share in shares
+                for picture in validate_part(data, share, predictor, most_persons=most_persons)]
+
+    alone = keys(0, 1)
+    assert [key for rank in range(world_size) for key in keys(rank, world_size)] == alone
+    assert len(set(alone)) == len(alone)
+    assert len(alone) == 12 if most_persons is None else 3 <= len(alone) < 12
+
+
+def test_a_limit_takes_the_first_pictures_of_each_shard_until_they_hold_so_many_persons(data: ShardDataset) -> None:
+    for part in data.parts:
+        taken = validate_part(data, PartShare(part), Predictor(TRAINED, backend="null"), most_persons=3)
+        persons = [sum(not person.iscrowd for person in picture.truth.persons) for picture in taken]
+        first = read_part(data, part).column("key").to_pylist()[:len(taken)]
+        assert [picture.truth.file_name for picture in taken] == first
+        assert sum(persons[:-1]) < 3
+        assert sum(persons) >= 3 or len(taken) == part.counts["rows"]
+
+
+def test_eight_workers_share_three_shards_equally_and_neighbours_share_a_shard() -> None:
+    parts = [ShardPart(f"part-{number}", "", {"rows": rows, "persons": persons})
+             for number, (rows, persons) in enumerate([(999, 2000), (999, 2000), (599, 1400)])]
+    shares = [rank_shares(parts, rank=rank, world=8) for rank in range(8)]
+
+    # 1 for the part, for each picture and for each person: 3000, 3000 and 2000, so 1000 for each rank
+    works = [3000, 3000, 2000]
+    assert [sum((share.end - share.start) * works[parts.index(share.part)] for share in each) for each in shares] == [
+        1000] * 8
+    assert [[share.part.name[-1] for share in each] for each in shares] == [[n] for n in "00011122"]
+    assert shares[1] == [PartShare(parts[0], Fraction(1, 3), Fraction(2, 3))]
+    assert [[share.part.name[-1] for share in rank_shares(parts, rank=rank, world=2)] for rank in range(2)] == [
+        ["0", "1"], ["1", "2"]]
+
+
+# --- what is evaluated, and drawn --------------------------------------------------------------------------------
 
 
 def test_promotion_measures_as_annotate_and_evaluate_do(data: ShardDataset, evaluated: dict[str, Any]) -> None:
@@ -80,7 +172,7 @@ def test_each_picture_counts_once_also_one_that_could_not_be_taken(
 
 
 def test_a_picture_that_could_not_be_taken_is_not_drawn(data: ShardDataset) -> None:
-    pictures = validate_part(data, data.parts[0], Predictor(TRAINED, backend="plain"), keep_bytes=4)
+    pictures = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="plain"), keep_bytes=4)
     assert all((picture.data is None) == (picture.predicted.picture["width"] is None) for picture in pictures)
     assert preview_sheet(pictures, COCO17, low_score=0.7) is not None
 

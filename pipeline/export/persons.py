@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import DataError
 from pipeline.pose.skeleton import Skeleton
-from pipeline.rows import NO_PERSON, OK
+from pipeline.rows import NO_PERSON, OK, joint_columns
 
 NUM_SAMPLE_KEYS = 3  # how many keys an error names
 ROWS_PER_BATCH = 10_000  # some 20 MB of text in the wordiest format
@@ -81,8 +81,7 @@ class PictureBatch:
 
 def joint_array(table: pa.Table, skeleton: Skeleton) -> npt.NDArray[np.float32]:
     """The joint columns of n rows as [n, K, 3] float32: x, y (picture pixels), score; NaN for NULL."""
-    columns = [table[f"{joint}_{part}"] for joint in skeleton.columns() for part in ("x", "y", "score")]
-    flat = [np.asarray(column.to_numpy(), dtype=np.float32) for column in columns]
+    flat = [np.asarray(table[name].to_numpy(), dtype=np.float32) for name in joint_columns(skeleton)]
     return np.stack(flat, axis=1).reshape(table.num_rows, skeleton.num_joints, 3)
 
 
