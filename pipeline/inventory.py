@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, DataError
 ENDINGS = (".parquet", ".csv", ".csv.gz", "/manifest.json")
 LIST_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 ROWS_AT_ONCE = 50_000
+EXPECTED = "A list is Parquet, or CSV with a header."
 
 
 def is_list(uri: str) -> bool:
@@ -39,7 +40,7 @@ def read_list(uri: str) -> Iterator[pa.Table]:
         else:
             yield from (_listed(table, uri, encoded=False) for table in _tables(uri, None))
     except pa.ArrowInvalid as error:
-        raise DataError(f"{uri}: this list can't be read: {error}. Expected Parquet, or CSV with a header.") from None
+        raise DataError(f"{uri}: this list can't be read: {error}. {EXPECTED}") from None
 
 
 def read_keys(uri: str, *, flag: str) -> list[str]:
@@ -75,22 +76,22 @@ def _tables(uri: str, names: list[str] | None) -> Iterator[pa.Table]:
     """A file in pieces; `names` are a CSV's columns where it has no header."""
     if not storage.exists(uri):
         raise DataError(f"{uri}: there is no such list.")
-    filesystem, path = storage.arrow_filesystem(uri)
     if uri.endswith(".parquet"):
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+        with storage.arrow_file(uri, remedy=EXPECTED) as file, pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=_wanted(parquet.schema_arrow.names)):
                 yield pa.Table.from_batches([batch])
         return
     compression = "gzip" if uri.endswith(".gz") else None
     if names is None:
-        with filesystem.open_input_stream(path, compression=compression) as stream, pyarrow.csv.open_csv(stream) as csv:
+        with (storage.arrow_file(uri, remedy=EXPECTED) as file, pa.input_stream(file, compression) as stream,
+              pyarrow.csv.open_csv(stream) as csv):
             names, skip = csv.schema.names, 1
     else:
         skip = 0
     # all as text: an ETag of digits alone is no number
     text = pyarrow.csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(names, pa.string()))
     header = pyarrow.csv.ReadOptions(column_names=names, skip_rows=skip)
-    with (filesystem.open_input_stream(path, compression=compression) as stream,
+    with (storage.arrow_file(uri, remedy=EXPECTED) as file, pa.input_stream(file, compression) as stream,
           pyarrow.csv.open_csv(stream, read_options=header, convert_options=text) as csv):
         for batch in csv:
             yield pa.Table.from_batches([batch])
