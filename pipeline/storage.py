@@ -37,7 +37,8 @@ __all__ = [
     "ABOUT_THE_OBJECT", "BucketMissing", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing",
     "ObjectTooLarge", "StorageError", "StoredObject", "arrow_file", "arrow_filesystem", "describe_object", "exists",
     "is_remote", "join", "list_objects", "member", "normalise", "prove_put_if_absent", "put_if_absent", "read_object",
-    "read_range", "reason_of", "refuse_overlap", "remove_empty_folder", "remove_own", "stored_sha256",
+    "read_range", "reason_of", "refuse_no_object", "refuse_overlap", "remove_empty_folder", "remove_own",
+    "stored_sha256",
 ]
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # what the SDK asks a store for
@@ -112,6 +113,12 @@ def normalise(uri: str | os.PathLike[str]) -> str:
     if not text:
         raise ConfigError("An empty path was given where a local path or s3://bucket/prefix is needed.")
     return os.path.abspath(text)
+
+
+def refuse_no_object(uri: str) -> None:
+    """Refuse (ConfigError) what can be no object's address; a folder marker, with its "/" at the end, can."""
+    if is_remote(normalise(uri)) and "/" not in uri[len("s3://"):]:
+        raise ConfigError(f"{uri!r} names a bucket and no object.")
 
 
 def join(uri: str, *names: str) -> str:
