@@ -27,7 +27,7 @@ logger = logging.getLogger("jobs.annotate")
 # half an hour
 RESTARTS = -1
 UNITS_IN_HAND = 2  # of an actor, the one at work and the next: Ray Data's own default
-CAREFUL_UNITS = 20  # after a restart: with 500 pictures of COCO a unit, care costs less than a restart with its model
+CAREFUL_UNITS = 20  # after a restart: where one picture kills, more may; care costs a unit 0.7 s, a restart 4 and more
 DECODER = "pipeline.images"
 
 
