@@ -45,9 +45,9 @@ class RepeatingActor(annotate_pool.DecodingActor):
         self.crops = np.empty(0, np.uint8)
         self.decode, self.decoder.decode = self.decoder.decode, self._repeat  # type: ignore[method-assign]
 
-    def _repeat(self, unit: int, earlier_parts: Any = ()) -> DecodedUnit:
+    def _repeat(self, unit: int, earlier_parts: Any = (), *, careful: bool = False) -> DecodedUnit:
         if not self.known:
-            first = self.decode(unit, earlier_parts)
+            first = self.decode(unit, earlier_parts, careful=careful)
             self.known = list(first.pictures.values()) * 2  # a larger unit may come
             self.crops = np.concatenate([first.crops] * 2)
             return first

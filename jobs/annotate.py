@@ -38,11 +38,11 @@ from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.patience import PAUSES_S
 from pipeline.reuse import earlier_parts, open_earlier
 from pipeline.rows import ROW_VERSION
-from pipeline.unit_annotator import MODEL_FOLDER, Receipt
+from pipeline.unit_annotator import FAILED, MODEL_FOLDER, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
 
 logger = logging.getLogger("jobs.annotate")
-FAILURES_IN_A_ROW = 20  # without a unit in between that went well: the service is down, and asking on is no use
+FAILURES_IN_A_ROW = 20  # of the service, without a unit in between that went well: it is down, and asking on is no use
 
 
 def run(config: AnnotateConfig) -> dict[str, Any]:
@@ -156,8 +156,7 @@ def _refuse_compiling(config: AnnotateConfig, backend: str) -> None:
 def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> dict[str, Any]:
     """Every unit without a part, through the actor pool; what this run has done (`Progress.so_far`), {} if nothing.
 
-    What the service made fail is begun again after a pause; units that ended their process are done with care.
-    Refuses (OSError) to go on when units are left after that.
+    Refuses (OSError) to go on when units are left that none of its passes could do.
     """
     missing = missing_units(config.output, job)
     logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
@@ -169,15 +168,7 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> dict[str,
     progress = Progress(len(missing), budget=_budget(config, job), output=config.output)
     with (drivers.Heartbeat(config.output, progress.so_far),
           progress.counting(keypoints.counts_of_parts(config.output, map(job.part_name, done)))):
-        for pause_s in (*PAUSES_S, None):
-            _pass(config, job, missing, progress)
-            passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
-            missing = missing_units(config.output, job)
-            if not passing or pause_s is None:
-                break
-            logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
-                           progress.failed[passing[0]].failure, pause_s)
-            time.sleep(pause_s)
+        missing = _pass_after_pass(config, job, missing, progress)
     if missing:
         _refuse_units_left(job, missing, progress)
     return progress.so_far()
@@ -204,23 +195,53 @@ def _in_an_order_of_our_own(output: str, units: list[int]) -> list[int]:
     return random.sample(units, len(units))
 
 
-def _pass(config: AnnotateConfig, job: FrozenJob, units: list[int],
-          progress: Progress) -> None:
-    """The units once through the pool, and those that ended their process once more, with care."""
+def _pass_after_pass(config: AnnotateConfig, job: FrozenJob, units: list[int], progress: Progress) -> list[int]:
+    """The units, and after a pause those again that the service made fail; the units that are left at the end."""
+    pauses = iter(PAUSES_S)
+    while True:
+        before = len(progress.answered)
+        _pass(config, job, units, progress)
+        if len(progress.answered) > before:
+            pauses = iter(PAUSES_S)
+        missing = missing_units(config.output, job)
+        passing = [unit for unit in missing if unit in progress.failed and progress.failed[unit].passing]
+        pause_s = next(pauses, None)
+        if not passing or pause_s is None:
+            return missing
+        logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
+                       progress.failed[passing[0]].failure, pause_s)
+        time.sleep(pause_s)
+        # those last that may fail again; those never that will
+        units = [unit for unit in missing if unit not in progress.failed] + passing
+
+
+def _pass(config: AnnotateConfig, job: FrozenJob, units: list[int], progress: Progress) -> None:
+    """The units once through the pool, and those that ended their process twice once more, with care."""
+    for unit in units:
+        progress.failed.pop(unit, None)
     if not _take_receipts(_receipts(config, job, units), progress):
         return
-    crashed = sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
-    if crashed:
+    if crashed := _unanswered(config, job, units, progress):
         logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
                        "their own", len(crashed))
-        _take_receipts(_receipts(config, job, crashed, careful=True), progress)
+        if _take_receipts(_receipts(config, job, crashed, careful=True), progress):
+            for unit in _unanswered(config, job, crashed, progress):
+                progress.add(Receipt(unit, FAILED, failure=f"unit {unit} ended its process each time, also with its "
+                                     "pictures decoded apart. What Ray says of its workers tells why; often, memory."))
+
+
+def _unanswered(config: AnnotateConfig, job: FrozenJob, units: list[int], progress: Progress) -> list[int]:
+    return sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
 
 
 def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
     """Count them all; False if the service failed so often in a row that the rest was left."""
+    in_a_row = 0
     for receipt in receipts:
         progress.add(receipt)
-        if progress.failures_in_a_row >= FAILURES_IN_A_ROW:
+        # a damaged shard says nothing of the service
+        in_a_row = 0 if receipt.outcome != FAILED else in_a_row + receipt.passing
+        if in_a_row == FAILURES_IN_A_ROW:
             return False
     return True
 
@@ -237,9 +258,10 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
 
 
 def _refuse_units_left(job: FrozenJob, missing: list[int], progress: Progress) -> None:
-    reasons = sorted({progress.failed[unit].failure for unit in missing if unit in progress.failed})
+    reasons = [progress.failed[unit].failure for unit in missing if unit in progress.failed]
+    more = [f"and {len(reasons) - 3} more"] if len(reasons) > 3 else []
     raise OSError(f"{len(missing)} of {job.num_units} units are not annotated; what is committed stays. "
-                  "Run the same command again to continue.\n" + "\n".join(f"  {one}" for one in reasons[:3]).rstrip())
+                  "Run the same command again to continue.\n" + "\n".join(f"  {one}" for one in reasons[:3] + more))
 
 
 # --- sealing ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,10 @@
-"""The Ray Data actor pools of `annotate`: units in, receipts out. A unit that ends its actor twice gives none."""
+"""The Ray Data actor pools of `annotate`: units in, receipts out. A unit that ends its actor twice gives none.
 
+What an actor had in hand when its process ended it does again with care, and some units more: so a picture that kills
+the decoder costs one restart, and where there are many of them, not each does.
+"""
+
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -17,9 +22,12 @@ from pipeline.unit_decoder import UNIT_BYTES, DecodedUnit, UnitDecoder
 from pipeline.units import FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
-# More than a spot machine is taken away in a weekend; a unit is tried twice whatever this is. Bounded, so that what
-# ends an actor at its start doesn't do so for ever
-ACTOR_RESTARTS = 50
+# Of actors: without bound, since one that has used up its restarts is not replaced, and when all have, Ray Data waits.
+# A unit is tried twice whatever this is. Where actors end at each start nothing moves, and Ray Data gives up after
+# half an hour
+RESTARTS = -1
+UNITS_IN_HAND = 2  # of an actor, the one at work and the next: Ray Data's own default
+CAREFUL_UNITS = 20  # after a restart: where one picture kills, more may; care costs a unit 0.7 s, a restart 4 and more
 DECODER = "pipeline.images"
 
 
@@ -48,13 +56,14 @@ class PoolSizes:
 
 def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, pool: PoolSizes, reuse: str | None,
                    careful: bool = False) -> Iterator[Receipt]:
-    """Annotate the units in an actor pool; their receipts, as they come. `careful`: decode in processes apart.
+    """Annotate the units in an actor pool; their receipts, as they come. `careful`: decode all in processes apart.
 
     Where others decode, they have a pool of their own, before the annotators'; with care only those that detect have.
     A unit that ended its actor twice, as a picture can on which the decoder crashes, has no receipt.
     Raises OSError if the pools themselves could not go on.
     """
     import ray
+    from ray.data.exceptions import ExecutionTimeoutError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -77,7 +86,7 @@ def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, po
     try:
         for batch in receipts.iter_batches(batch_size=None):
             yield from (Receipt(**json.loads(text)) for text in batch["receipt"])
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise OSError(f"the actors that annotate {output} could not go on; what is committed stays, and the "
                       f"same command continues. {error}") from error
 
@@ -123,34 +132,48 @@ def _through_actors(units: Any, actor: type, settings: dict[str, Any], *, actors
     # Arrow: the other formats copy what a row holds, or read it as something else
     return units.map_batches(
         actor, batch_size=1, batch_format="pyarrow", fn_constructor_kwargs=settings,
-        compute=ray.data.ActorPoolStrategy(size=actors), num_cpus=num_cpus, num_gpus=num_gpus,
-        max_restarts=ACTOR_RESTARTS, max_task_retries=1)
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=UNITS_IN_HAND), num_cpus=num_cpus,
+        num_gpus=num_gpus, max_restarts=RESTARTS, max_task_retries=1)
+
+
+def was_restarted() -> bool:
+    """Whether this actor's process has ended before."""
+    import ray
+
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _care(always: bool) -> Iterator[bool]:
+    """For each unit that comes to this actor, whether to decode it in processes apart."""
+    careful = itertools.repeat(True) if always else itertools.repeat(True, CAREFUL_UNITS if was_restarted() else 0)
+    return itertools.chain(careful, itertools.repeat(False))
 
 
 class DecodingActor:
     """One UnitDecoder in an actor of its own."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.decoder = UnitDecoder(**settings)
+    def __init__(self, *, careful: bool, **settings: Any) -> None:
+        self.decoder, self.care = UnitDecoder(**settings), _care(careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Decode one unit (`task` [1], JSON of a UnitTask): the same task, and a DecodedUnit as two buffers."""
         task = _task_of(batch)
-        about, crops = self.decoder.decode(task.unit, task.earlier_parts).to_buffers()
+        unit = self.decoder.decode(task.unit, task.earlier_parts, careful=next(self.care))
+        about, crops = unit.to_buffers()
         return pa.table({"task": batch["task"], "decoded": [about], "crops": _one_binary(crops)})
 
 
 class AnnotatingActor:
     """One UnitAnnotator in an actor of its own."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.annotator = UnitAnnotator(**settings)
+    def __init__(self, *, careful: bool, **settings: Any) -> None:
+        self.annotator, self.care = UnitAnnotator(**settings), _care(careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Annotate and commit one unit (`task` [1], and behind a DecodingActor what it gives); its receipt."""
-        task, decoded = _task_of(batch), _decoded_of(batch)
+        task, decoded, careful = _task_of(batch), _decoded_of(batch), next(self.care)
         receipt = decoded.failure or self.annotator.annotate(task.unit, task.earlier_parts, decoded.opened(),
-                                                             decoded.found)
+                                                             decoded.found, careful=careful)
         return pa.table({"receipt": [json.dumps(asdict(replace(receipt, decoding_s=decoded.seconds)))]})
 
 

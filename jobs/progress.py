@@ -59,7 +59,6 @@ class Progress:
         self.units, self.budget = units, budget
         self.answered: set[int] = set()  # units with a receipt that says more than that they failed
         self.failed: dict[int, Receipt] = {}
-        self.failures_in_a_row = 0
         self.counts: dict[str, Any] = {}
         self._earlier: dict[str, Any] = {}  # of parts that this run didn't make
         self.committed = 0
@@ -71,9 +70,7 @@ class Progress:
         """Count one unit's receipt."""
         if receipt.outcome == FAILED:
             self.failed[receipt.unit] = receipt
-            self.failures_in_a_row += 1
             return
-        self.failures_in_a_row = 0
         if not self.answered:
             self._began_units = receipt.began  # before that, the pool started
         self.failed.pop(receipt.unit, None)

@@ -64,14 +64,20 @@ def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | N
 
 
 def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,
-                     earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> Iterator[PictureToAnnotate]:
-    """The pictures of one planned unit, in the plan's order; `earlier`: what an earlier run made of some, by key."""
+                     earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({}), *,
+                     max_bytes: int) -> Iterator[PictureToAnnotate]:
+    """The pictures of one planned unit, in the plan's order; an object above `max_bytes` is refused unread.
+
+    earlier  what an earlier run made of some, by key
+    """
     if source["kind"] == SHARDS:
         yield from _sharded_pictures(source, planned, boxes, earlier)
         return
     root = source["uri"] if source["kind"] == PREFIX else None
     uris = [one["key"] if root is None else storage.join(root, one["key"]) for one in planned]
-    pictures = (_plain_picture(uri, one, boxes, earlier, neighbours=uris[:NEIGHBOURS])
+    read = functools.partial(storage.read_object if root else _read_listed, neighbours=uris[:NEIGHBOURS],
+                             max_bytes=max_bytes)
+    pictures = (_plain_picture(one, boxes, functools.partial(read, uri, etag=one["etag"]), earlier)
                 for uri, one in zip(uris, planned, strict=True))
     yield from read_ahead(pictures, threads=READERS) if storage.is_remote(uris[0]) else pictures
 
@@ -160,9 +166,15 @@ def bytes_of(row: dict[str, Any]) -> bytes:
     return bytes(row["bytes"])
 
 
-def _plain_picture(uri: str, planned: dict[str, Any], boxes: BoxSource, earlier: Mapping[str, AnnotatedPicture], *,
-                   neighbours: Sequence[str]) -> PictureToAnnotate:
+def _plain_picture(planned: dict[str, Any], boxes: BoxSource, read: Callable[[], bytes],
+                   earlier: Mapping[str, AnnotatedPicture]) -> PictureToAnnotate:
     picture = {"key": planned["key"], "image_id": None, "etag": planned["etag"], "sha256": None,
                "width": None, "height": None}
-    read = functools.partial(storage.read_object, uri, etag=planned["etag"], neighbours=neighbours)
     return PictureToAnnotate(picture, read, functools.partial(boxes, picture), earlier.get(planned["key"]))
+
+
+def _read_listed(uri: str, **how: Any) -> bytes:
+    try:
+        return storage.read_object(uri, **how)
+    except storage.BucketMissing as error:  # a list may name any bucket; that of a prefix has been listed
+        raise storage.ObjectMissing(str(error)) from None

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipeline import keypoints, storage
 from pipeline.ahead import map_ahead
 from pipeline.errors import DataError
-from pipeline.units import FrozenJob, refuse_if_begun_again, total_counts
+from pipeline.units import RESTORE, FrozenJob, refuse_if_begun_again, total_counts
 
 VERSION = 1
 SUCCESS = "_SUCCESS"
@@ -75,7 +75,6 @@ def seal(output: str, job: FrozenJob, counts: dict[str, Any], parts: pa.Table) -
 def _look_at_part(output: str, job: FrozenJob, unit: int) -> tuple[dict[str, Any], dict[str, Any]]:
     name = job.part_name(unit)
     uri = storage.join(output, keypoints.FOLDER, name)
-    filesystem, path = storage.arrow_filesystem(uri)
-    with filesystem.open_input_file(path) as file:
+    with storage.arrow_file(uri, remedy=RESTORE) as file:
         size, pose = file.size(), keypoints.pose_metadata(pq.read_metadata(file))
     return {"unit": unit, "part": name, "size": size, "sha256": storage.stored_sha256(uri)}, pose["counts"]

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError, DataError
 KEY, IMAGE_ID = "key", "image_id"
 SIDES = ("x", "y", "w", "h")
 ROWS_AT_ONCE = 65_536
+WRITE_AGAIN = "Boxes are Parquet: write it again, or leave it out."
 # `picture` is the key, or the image id in digits; `box_id` NULL: not given
 BOX_SCHEMA = pa.schema([("picture", pa.string()), ("box_id", pa.int64()), *((side, pa.float64()) for side in SIDES),
                         ("score", pa.float64())])
@@ -65,10 +66,7 @@ def read_box_tables(files: BoxFiles) -> Iterator[pa.Table]:
     Refused with DataError, naming file and row: what can't be read, another type, a row that names no picture.
     """
     for found in files.objects:
-        try:
-            yield from _parquet_tables(found.uri, files.by)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{found.uri} can't be read as boxes: {error}. Write it again, or leave it out.") from None
+        yield from _parquet_tables(found.uri, files.by)
 
 
 def json_box_table(data: bytes, source: str) -> pa.Table:
@@ -88,12 +86,8 @@ def _is_parquet(name: str) -> bool:
 
 
 def _names(uri: str) -> list[str]:
-    filesystem, path = storage.arrow_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as file:
-            return list(pq.read_schema(file).names)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{uri} is no Parquet file: {error}.") from None
+    with storage.arrow_file(uri, remedy=WRITE_AGAIN) as file:
+        return list(pq.read_schema(file).names)
 
 
 def _picture_column(names: Sequence[str], uri: str) -> str:
@@ -121,8 +115,7 @@ def _columns(names: Sequence[str], by: str, uri: str) -> dict[str, str]:
 
 
 def _parquet_tables(uri: str, by: str) -> Iterator[pa.Table]:
-    filesystem, path = storage.arrow_filesystem(uri)
-    with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+    with storage.arrow_file(uri, remedy=WRITE_AGAIN) as file, pq.ParquetFile(file) as parquet:
         columns = _columns(parquet.schema_arrow.names, by, uri)
         first_row = 0
         for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=list(columns.values())):

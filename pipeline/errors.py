@@ -1,7 +1,7 @@
 """What goes wrong, by who can mend it: the command, the input's content, or the store. Our own mistake is an `assert`.
 
 `StorageError` itself is about the *service* (time-outs, 5xx, credentials, a full disk), which a later run can mend;
-its three kinds are about one *object*, and become that picture's row.
+its four kinds are about one *object*, and become that picture's row.
 """
 
 
@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """The command or its configuration is wrong; nothing was started (exit code 2)."""
 
 
+class BucketMissing(ConfigError):
+    """There is no such bucket, or can be none of this name."""
+
+
 class DataError(ValueError):
     """An input's content is wrong: the message names the input, what was found, and the remedy (exit code 1)."""
 
@@ -33,6 +37,10 @@ class ObjectMissing(StorageError):
 
 class ObjectChanged(StorageError):
     """The object is there, but it is not the one that was planned (another ETag)."""
+
+
+class ObjectTooLarge(StorageError):
+    """The object has more bytes than whoever reads it takes."""
 
 
 class ObjectForbidden(StorageError):

@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.box_files import BOX_SCHEMA, SIDES
 from pipeline.hash_buckets import HASH, HashBuckets, Hashes, name_hashes
 from pipeline.rows import Boxes
-from pipeline.units import FrozenJob
+from pipeline.units import RESTORE, FrozenJob
 
 logger = logging.getLogger("jobs.annotate")
 FOLDER = "_boxes"
@@ -114,8 +114,8 @@ def freeze_boxes(output: str, job: FrozenJob, digest: str, boxes: SpreadBoxes, p
 
 def read_unit_boxes(output: str, job: FrozenJob, digest: str, unit: int) -> dict[str, Boxes]:
     """The frozen boxes of one unit, by key, each picture's in the order of their ids."""
-    filesystem, path = storage.arrow_filesystem(_file_uri(output, job, digest, unit // UNITS_PER_FILE))
-    with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+    uri = _file_uri(output, job, digest, unit // UNITS_PER_FILE)
+    with storage.arrow_file(uri, remedy=RESTORE) as file, pq.ParquetFile(file) as parquet:
         table = parquet.read_row_group(unit % UNITS_PER_FILE).combine_chunks()
     xywh = np.stack([table[side].to_numpy() for side in SIDES], -1)
     ids, scores = table["box_id"].to_numpy(), table["score"].to_numpy()

@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, DataError
 ENDINGS = (".parquet", ".csv", ".csv.gz", "/manifest.json")
 LIST_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 ROWS_AT_ONCE = 50_000
+EXPECTED = "A list is Parquet, or CSV with a header."
 
 
 def is_list(uri: str) -> bool:
@@ -31,15 +32,16 @@ def read_list(uri: str) -> Iterator[pa.Table]:
 
     Left out: names that end with "/" (folder markers), and of a versioned bucket's inventory all but the latest
     versions. Column names count without regard to case and underscores (`e_tag`, `ETag`).
-    Refused with DataError: a list without `uri`, or `bucket` and `key`; an entry without them; what can't be read.
+    Refused with DataError: a list without `uri`, or `bucket` and `key`; an entry without them, or that can be no
+    object's address; what can't be read.
     """
     try:
         if uri.endswith("/manifest.json"):
             yield from _read_inventory(uri)
         else:
-            yield from (_listed(table, uri, encoded=False) for table in _tables(uri, None))
+            yield from _listed_tables(uri, None)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{uri}: this list can't be read: {error}. Expected Parquet, or CSV with a header.") from None
+        raise DataError(f"{uri}: this list can't be read: {error}. {EXPECTED}") from None
 
 
 def read_keys(uri: str, *, flag: str) -> list[str]:
@@ -67,35 +69,43 @@ def _read_inventory(uri: str) -> Iterator[pa.Table]:
     if kind not in ("CSV", "Parquet"):
         raise DataError(f"{uri}: an inventory in {kind} isn't read; order it as CSV or Parquet.")
     for file in files:
-        for table in _tables(file, names if kind == "CSV" else None):
-            yield _listed(table, file, encoded=kind == "CSV")
+        yield from _listed_tables(file, names if kind == "CSV" else None)
+
+
+def _listed_tables(uri: str, names: list[str] | None) -> Iterator[pa.Table]:
+    first = 1
+    for table in _tables(uri, names):
+        yield _listed(table, uri, first, encoded=names is not None)
+        first += len(table)
 
 
 def _tables(uri: str, names: list[str] | None) -> Iterator[pa.Table]:
     """A file in pieces; `names` are a CSV's columns where it has no header."""
     if not storage.exists(uri):
         raise DataError(f"{uri}: there is no such list.")
-    filesystem, path = storage.arrow_filesystem(uri)
     if uri.endswith(".parquet"):
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as parquet:
+        with storage.arrow_file(uri, remedy=EXPECTED) as file, pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=_wanted(parquet.schema_arrow.names)):
                 yield pa.Table.from_batches([batch])
         return
     compression = "gzip" if uri.endswith(".gz") else None
     if names is None:
-        with filesystem.open_input_stream(path, compression=compression) as stream, pyarrow.csv.open_csv(stream) as csv:
+        with (storage.arrow_file(uri, remedy=EXPECTED) as file, pa.input_stream(file, compression) as stream,
+              pyarrow.csv.open_csv(stream) as csv):
             names, skip = csv.schema.names, 1
     else:
         skip = 0
     # all as text: an ETag of digits alone is no number
     text = pyarrow.csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(names, pa.string()))
     header = pyarrow.csv.ReadOptions(column_names=names, skip_rows=skip)
-    with (filesystem.open_input_stream(path, compression=compression) as stream,
+    with (storage.arrow_file(uri, remedy=EXPECTED) as file, pa.input_stream(file, compression) as stream,
           pyarrow.csv.open_csv(stream, read_options=header, convert_options=text) as csv):
         for batch in csv:
             yield pa.Table.from_batches([batch])
 
 
+# What is right at first sight; to ask `storage` of each of 10 million takes a minute
+_PLAIN_ADDRESS = r"^s3://[a-z0-9.-]{3,63}/.|^[^:]+$"
 _COLUMNS = ("uri", "bucket", "key", "etag", "size", "islatest", "isdeletemarker")
 
 
@@ -107,7 +117,7 @@ def _wanted(names: list[str]) -> list[str] | None:
     return [name for name in names if _plain(name) in _COLUMNS] or None
 
 
-def _listed(table: pa.Table, source: str, *, encoded: bool) -> pa.Table:
+def _listed(table: pa.Table, source: str, first: int, *, encoded: bool) -> pa.Table:
     columns = {_plain(name): table[name] for name in table.column_names}
     if not ("uri" in columns or {"bucket", "key"} <= columns.keys()):
         raise DataError(f"{source}: a list of objects needs a column `uri`, or `bucket` and `key`; it has "
@@ -120,9 +130,20 @@ def _listed(table: pa.Table, source: str, *, encoded: bool) -> pa.Table:
     uris = _uris(columns, encoded=encoded)
     if uris.null_count:
         raise DataError(f"{source}: {uris.null_count} entries name no object (an empty field). Leave them out.")
+    _refuse_no_address(uris, source, first)
     listed = pa.table([uris, _etags(columns.get("etag"), len(table)), _sizes(columns.get("size"), len(table))],
                       schema=LIST_SCHEMA)
     return listed.filter(pc.and_(keep, pc.invert(pc.ends_with(listed["uri"], "/"))))
+
+
+def _refuse_no_address(uris: pa.ChunkedArray, source: str, first: int) -> None:
+    doubtful = pc.invert(pc.match_substring_regex(uris, _PLAIN_ADDRESS))
+    for index in pc.indices_nonzero(doubtful).to_pylist():
+        try:
+            storage.refuse_no_object(uris[index].as_py())
+        except ConfigError as error:
+            raise DataError(f"{source}: entry {first + index} can't be annotated or sharded: {error} Correct it, or "
+                            "leave it out.") from None
 
 
 def _is(values: pa.ChunkedArray, *, default: bool) -> pa.ChunkedArray:

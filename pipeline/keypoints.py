@@ -116,13 +116,10 @@ def counts_of_parts(uri: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _stored_part(uri: str, name: str, columns: Sequence[str] | None) -> tuple[dict[str, Any], pa.Table]:
     place = storage.join(uri, FOLDER, name)
-    filesystem, path = storage.arrow_filesystem(place)
-    try:
-        with filesystem.open_input_file(path) as stored, pq.ParquetFile(stored) as file:
-            pose = pose_metadata(file.metadata)
-            return pose, file.read(None if columns is None else list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{place} can't be read ({error}). `verify` says what is wrong with it.") from None
+    remedy = "`verify` says what is wrong with it."
+    with storage.arrow_file(place, remedy=remedy) as stored, pq.ParquetFile(stored) as file:
+        pose = pose_metadata(file.metadata)
+        return pose, file.read(None if columns is None else list(columns))
 
 
 def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:

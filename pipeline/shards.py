@@ -265,13 +265,8 @@ def read_columns(dataset: ShardDataset, columns: Sequence[str]) -> Iterator[tupl
 
 def stored_columns(uri: str, name: str, columns: Sequence[str]) -> pa.Table:
     """Some columns of all rows of one part of the dataset at `uri`, whether they count or not."""
-    place = storage.join(uri, FOLDER, name)
-    filesystem, path = storage.arrow_filesystem(place)
-    try:
-        with filesystem.open_input_file(path) as file:
-            return pq.ParquetFile(file).read(list(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{place} can't be read ({error}). Restore the object, or shard again.") from None
+    with storage.arrow_file(storage.join(uri, FOLDER, name), remedy="Restore the object, or shard again.") as file:
+        return pq.ParquetFile(file).read(list(columns))
 
 
 def live_rows(dataset: ShardDataset, part: ShardPart, table: pa.Table) -> pa.Table:

@@ -5,38 +5,52 @@ of pictures or datasets. Endpoint, region, credentials and attempts come from th
 AWS_MAX_ATTEMPTS, profile, instance role) and from nowhere else.
 
 `put_if_absent` is the commit of everything that this project writes: an object appears whole or not at all, and is
-never replaced. Errors are of two kinds: about the *object* (`ObjectMissing`, `ObjectChanged`, `ObjectForbidden`) and
-about the *service* (`StorageError` itself: time-outs, 5xx, credentials, a full disk), which a later run can mend.
+never replaced. Errors are of two kinds: about the *object* (ABOUT_THE_OBJECT) and about the *service* (`StorageError`
+itself: time-outs, 5xx, credentials, a full disk), which a later run can mend.
 """
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline import storage_disk
-from pipeline.errors import ConfigError, ObjectChanged, ObjectForbidden, ObjectMissing, StorageError
+from pipeline.errors import (
+    BucketMissing,
+    ConfigError,
+    DataError,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectMissing,
+    ObjectTooLarge,
+    StorageError,
+)
 from pipeline.listing import StoredObject
 
 if TYPE_CHECKING:
+    import pyarrow
     import pyarrow.fs
 
 __all__ = [
-    "ABOUT_THE_OBJECT", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing", "StorageError",
-    "StoredObject", "arrow_filesystem", "describe_object", "exists", "is_remote", "join", "list_objects", "member",
-    "normalise", "prove_put_if_absent", "put_if_absent", "read_object", "read_range", "reason_of", "refuse_overlap",
-    "remove_empty_folder", "remove_own", "stored_sha256",
+    "ABOUT_THE_OBJECT", "BucketMissing", "ConditionIgnored", "ObjectChanged", "ObjectForbidden", "ObjectMissing",
+    "ObjectTooLarge", "StorageError", "StoredObject", "arrow_file", "arrow_filesystem", "describe_object", "exists",
+    "is_remote", "join", "list_objects", "member", "normalise", "prove_put_if_absent", "put_if_absent", "read_object",
+    "read_range", "reason_of", "refuse_no_object", "refuse_overlap", "remove_empty_folder", "remove_own",
+    "stored_sha256",
 ]
 
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # what the SDK asks a store for
 # What is about one object; any other StorageError is about the service, and never becomes a row.
-ABOUT_THE_OBJECT = (ObjectMissing, ObjectChanged, ObjectForbidden)
+ABOUT_THE_OBJECT = (ObjectMissing, ObjectChanged, ObjectForbidden, ObjectTooLarge)
 
 
 def reason_of(error: Exception) -> str:
     """The reason that a refused picture's row gives, for an error about the object or a refusal with its own reason."""
     named: dict[type[Exception], str] = {
-        ObjectMissing: "missing", ObjectChanged: "changed", ObjectForbidden: "unreadable_object"}
+        ObjectMissing: "missing", ObjectChanged: "changed", ObjectForbidden: "unreadable_object",
+        ObjectTooLarge: "too_large_bytes"}
     return named.get(type(error)) or str(getattr(error, "reason"))  # noqa: B009
 
 
@@ -50,7 +64,8 @@ class Side(Protocol):
     def list_objects(self, prefix_uri: str) -> Iterator[StoredObject]:
         """Every object, ordered by the bytes of its name."""
 
-    def read(self, uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool) -> bytes:
+    def read(self, uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool,
+             max_bytes: int | None) -> bytes:
         """The whole object."""
 
     def read_range(self, uri: str, start: int, length: int, etag: str | None) -> bytes:
@@ -74,17 +89,22 @@ class Side(Protocol):
     def arrow_filesystem(self, uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         """For pyarrow."""
 
+    def arrow_failure(self, uri: str, error: OSError) -> StorageError | None:
+        """Ours for an error of pyarrow's; None if it is about the content."""
+
 
 def normalise(uri: str | os.PathLike[str]) -> str:
     """The URI in its one spelling: an absolute local path, or `s3://bucket/key` without a slash at the end.
 
-    Refuses other schemes and a bucket without a name with ConfigError. Keys inside a bucket are never touched.
+    Refuses other schemes and what can be no bucket's name with ConfigError. Keys inside a bucket are never touched.
     """
     text = os.fspath(uri)
     if text.startswith("s3://"):
         bucket, _, key = text[5:].partition("/")
         if not bucket:
             raise ConfigError(f"{text!r} names no bucket; expected s3://bucket/prefix.")
+        if not _BUCKET.fullmatch(bucket):
+            raise ConfigError(f"{text!r}: no bucket can have this name; expected s3://bucket/prefix.")
         return f"s3://{bucket}/{key}".rstrip("/")
     if text.startswith("file://"):
         text = text[7:]
@@ -93,6 +113,12 @@ def normalise(uri: str | os.PathLike[str]) -> str:
     if not text:
         raise ConfigError("An empty path was given where a local path or s3://bucket/prefix is needed.")
     return os.path.abspath(text)
+
+
+def refuse_no_object(uri: str) -> None:
+    """Refuse (ConfigError) what can be no object's address; a folder marker, with its "/" at the end, can."""
+    if is_remote(normalise(uri)) and "/" not in uri[len("s3://"):]:
+        raise ConfigError(f"{uri!r} names a bucket and no object.")
 
 
 def join(uri: str, *names: str) -> str:
@@ -136,17 +162,17 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
     return _side(prefix_uri).list_objects(prefix_uri)
 
 
-def read_object(uri: str, *, etag: str | None = None, neighbours: Sequence[str] = (),
-                own_sha256: bool = True) -> bytes:
+def read_object(uri: str, *, etag: str | None = None, neighbours: Sequence[str] = (), own_sha256: bool = True,
+                max_bytes: int | None = None) -> bytes:
     """The object's bytes, checked against their length and every checksum that the store keeps of them; the SHA-256
     that we put with it is left to a caller who knows it (`own_sha256` False): 128 MB take 0.6 s.
 
-    With `etag`, ObjectChanged unless it is still that object. An object that the store refuses (403) is
-    ObjectForbidden only if another one can be read now: one of `neighbours` (URIs) or what lies beside and above it;
-    otherwise it is about us, and a StorageError.
+    With `etag`, ObjectChanged unless it is still that object. One of more than `max_bytes` isn't read: ObjectTooLarge.
+    An object that the store refuses (403) is ObjectForbidden only if another one can be read now: one of `neighbours`
+    (URIs) or what lies beside and above it; otherwise it is about us, and a StorageError.
     """
     uri = normalise(uri)
-    return _side(uri).read(uri, etag, neighbours, own_sha256)
+    return _side(uri).read(uri, etag, neighbours, own_sha256, max_bytes)
 
 
 def read_range(uri: str, start: int, length: int, *, etag: str | None = None) -> bytes:
@@ -218,7 +244,7 @@ def prove_put_if_absent(prefix_uri: str) -> None:
     try:
         side.put_if_absent(probe, b"first")
         refused = not side.put_if_absent(probe, b"second")
-        kept = side.read(probe, None, (), True) == b"first"
+        kept = side.read(probe, None, (), True, None) == b"first"
     except BaseException:
         with contextlib.suppress(StorageError):
             side.remove(probe)
@@ -239,6 +265,27 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     """
     uri = normalise(uri)
     return _side(uri).arrow_filesystem(uri)
+
+
+@contextlib.contextmanager
+def arrow_file(uri: str, *, remedy: str) -> "Iterator[pyarrow.NativeFile]":
+    """The object, open for pyarrow to read at any place of it, for the time of the block.
+
+    What the store refuses meanwhile is raised as by `read_object`; what pyarrow can't make of the content is a
+    DataError, which ends with the remedy.
+    """
+    import pyarrow as pa
+
+    uri = normalise(uri)
+    try:
+        filesystem, path = arrow_filesystem(uri)
+        with filesystem.open_input_file(path) as file:
+            yield file
+    except (StorageError, MemoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        failure = _side(uri).arrow_failure(uri, error) if isinstance(error, OSError) else None
+        raise failure or DataError(f"{uri} can't be read ({error}). {remedy}") from None
 
 
 def _side(uri: str) -> Side:

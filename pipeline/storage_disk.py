@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, ObjectChanged, ObjectForbidden, ObjectMissing, StorageError
+from pipeline.errors import ConfigError, ObjectChanged, ObjectForbidden, ObjectMissing, ObjectTooLarge, StorageError
 from pipeline.listing import StoredObject
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
                 yield found
 
 
-def read(uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool) -> bytes:
+def read(uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool, max_bytes: int | None) -> bytes:
     """The file's bytes. A disk says of each file whether it may be read, and checks what it reads by itself."""
     with _opened(uri, etag) as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise ObjectTooLarge(f"{size} bytes, and the limit is {max_bytes}")
         return file.read()
 
 
@@ -125,6 +128,11 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
     return pyarrow.fs.LocalFileSystem(), uri
 
 
+def arrow_failure(uri: str, error: OSError) -> StorageError | None:
+    """What the system said; an error without its number is about the content."""
+    return None if error.errno is None else _reading_failed(uri, error)
+
+
 def _names_in_order(folder: str) -> list[str]:
     # with "/" behind folders' names, the order within each folder gives the order of the bytes of whole paths
     try:
@@ -171,12 +179,16 @@ def _opened(path: str, etag: str | None) -> Iterator[BufferedReader]:
             yield file
     except StorageError:
         raise
-    except PermissionError as error:
-        raise ObjectForbidden(f"{path}: the file may not be read ({error.strerror}).") from error
     except OSError as error:
-        if error.errno in _MISSING:
-            raise ObjectMissing(f"{path}: there is no such file.") from error
-        raise StorageError(f"{path}: reading failed: {error.strerror}.") from error
+        raise _reading_failed(path, error) from error
+
+
+def _reading_failed(path: str, error: OSError) -> StorageError:
+    if isinstance(error, PermissionError):
+        return ObjectForbidden(f"{path}: the file may not be read ({error.strerror}).")
+    if error.errno in _MISSING:
+        return ObjectMissing(f"{path}: there is no such file.")
+    return StorageError(f"{path}: reading failed: {error.strerror}.")
 
 
 def _keep_sha256(descriptor: int, data: bytes) -> None:

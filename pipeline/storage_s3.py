@@ -31,7 +31,15 @@ from botocore import exceptions as sdk
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import ConfigError, ObjectChanged, ObjectForbidden, ObjectMissing, StorageError
+from pipeline.errors import (
+    BucketMissing,
+    ConfigError,
+    ObjectChanged,
+    ObjectForbidden,
+    ObjectMissing,
+    ObjectTooLarge,
+    StorageError,
+)
 from pipeline.listing import Page, StoredObject, list_in_ranges
 
 if TYPE_CHECKING:
@@ -68,6 +76,8 @@ _PASSING_ERRORS = (sdk.HTTPClientError, sdk.ConnectionError, sdk.IncompleteReadE
 _DENIED = {"AccessDenied", "InvalidObjectState"}
 _WRONG_BUCKET = {"NoSuchBucket": "there is no such bucket. Create it, or correct the name",
                  "InvalidBucketName": "no bucket can have this name. Correct it"}
+# No object can have such a name (the last one is MinIO's)
+_NO_NAME = {"KeyTooLongError", "InvalidURI", "XMinioInvalidObjectName"}
 # Sources of credentials that pyarrow's own SDK knows, and renews
 _RENEWED_BY_PYARROW = {"iam-role", "container-role", "assume-role-with-web-identity"}
 
@@ -107,10 +117,10 @@ def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
         yield from (one for one in found if one.name and not one.name.endswith("/"))
 
 
-def read(uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool) -> bytes:
+def read(uri: str, etag: str | None, neighbours: Sequence[str], own_sha256: bool, max_bytes: int | None) -> bytes:
     """The object's bytes, checked for length, by the store's checksum, and by our own SHA-256 where there is one."""
     def get() -> bytes:
-        answer, data = _get(uri, etag, {})
+        answer, data = _get(uri, etag, {}, max_bytes)
         ours = answer["Metadata"] if own_sha256 and WRITER_KEY in answer["Metadata"] else {}
         if SHA256_KEY in ours and hashlib.sha256(data).hexdigest() != ours[SHA256_KEY]:
             raise _Passing(f"the object is damaged: its bytes do not have its metadata's SHA-256 {ours[SHA256_KEY]}")
@@ -146,7 +156,7 @@ def sha256(uri: str) -> str:
     if head is None:
         raise ObjectMissing(f"{uri}: there is no such object.")
     kept = head["Metadata"].get(SHA256_KEY)
-    return str(kept) if kept else hashlib.sha256(read(uri, None, (), False)).hexdigest()
+    return str(kept) if kept else hashlib.sha256(read(uri, None, (), False, None)).hexdigest()
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -208,6 +218,20 @@ def arrow_filesystem(uri: str) -> "tuple[pyarrow.fs.FileSystem, str]":
         retries = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=connection.attempts)
         _filesystem = known, pyarrow.fs.S3FileSystem(**settings, retry_strategy=retries)
     return _filesystem[1], uri[5:]
+
+
+def arrow_failure(uri: str, error: OSError) -> StorageError | None:
+    """What the store told pyarrow, whose SDK has made all attempts; None if it is about the content."""
+    if isinstance(error, FileNotFoundError):
+        return ObjectMissing(f"{uri}: there is no such object.")
+    if "AWS Error" not in str(error):
+        return None
+    if "ACCESS_DENIED" in str(error):
+        try:
+            read_range(uri, 0, 1, None)  # whether it is about the object, the neighbours say
+        except StorageError as failure:
+            return failure
+    return StorageError(f"{uri}: reading failed: {_without_secrets(error)}. Run again later.")
 
 
 # --- the client ---------------------------------------------------------------------------------------------------
@@ -333,8 +357,8 @@ def _refusal(uri: str, response: Mapping[str, Any]) -> Exception:
     if message := _without_secrets(response.get("Error", {}).get("Message") or ""):
         said += f" ({message})"
     if code in _WRONG_BUCKET:
-        return ConfigError(f"{uri}: {_WRONG_BUCKET[code]}.")
-    if status == 404:
+        return BucketMissing(f"{uri}: {_WRONG_BUCKET[code]}.")
+    if status == 404 or code in _NO_NAME:
         return ObjectMissing(f"{uri}: there is no such object.")
     if status == 412:
         return ObjectChanged(f"{uri}: it is no longer the object that was listed (another ETag).")
@@ -409,12 +433,16 @@ class _Listing:
                             _etag(item))
 
 
-def _get(uri: str, etag: str | None, more: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
+def _get(uri: str, etag: str | None, more: Mapping[str, str],
+         max_bytes: int | None = None) -> tuple[dict[str, Any], bytes]:
     bucket, key = _split(uri)
     condition = {} if etag is None else {"IfMatch": f'"{etag}"'}
     answer: dict[str, Any] = _connection().client.get_object(Bucket=bucket, Key=key, **condition, **more)
     if etag is not None and _etag(answer) != etag:  # a store may not know the condition
         raise ObjectChanged(f"{uri}: it is no longer the object that was listed (another ETag).")
+    if max_bytes is not None and answer["ContentLength"] > max_bytes:
+        answer["Body"].close()
+        raise ObjectTooLarge(f"{answer['ContentLength']} bytes, and the limit is {max_bytes}")
     data = bytes(answer["Body"].read())
     if len(data) != answer["ContentLength"]:
         raise _Passing(f"{len(data)} bytes came of {answer['ContentLength']}")

@@ -5,6 +5,7 @@ GPU and no Ray. What goes wrong with the service is said in the receipt, and lea
 """
 
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pipeline import annotation_input as inputs
 from pipeline import keypoints, storage
 from pipeline.annotation import Opened, annotate_opened, open_pictures
 from pipeline.boxes import unit_box_source
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureLimits
 from pipeline.isolation import open_decoder
 from pipeline.model.directory import model_digest
@@ -30,9 +31,9 @@ from pipeline.reuse import EarlierPictures
 from pipeline.rows import Boxes, count_rows
 from pipeline.units import FrozenJob, read_unit, refuse_if_begun_again
 
+logger = logging.getLogger("jobs.annotate")
 MODEL_FOLDER = "_model"
 COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
-FAILURES = (storage.StorageError, DataError, MemoryError, torch.OutOfMemoryError)  # of a unit; not of its process
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Receipt:
     counts   of the unit's rows; `reused`, how many of its pictures were copied, and `computed`, how many persons
              were not; {} unless the unit was done here
     failure  why it failed
-    passing  whether the same may go well later: it was about the service
+    passing  whether the same may go well later: it was about the service, or memory
     began, ended  when, in seconds since 1970
     decoding_s  the seconds that who decodes for the annotator has spent on it before
     """
@@ -64,59 +65,77 @@ def limits_of(intent: Mapping[str, Any]) -> PictureLimits:
     return PictureLimits(max_pixels=intent["max_pixels"], accept_truncated=intent.get("accept_truncated", False))
 
 
-def failure_receipt(unit: int, error: BaseException) -> Receipt:
-    """The receipt of a unit that one of FAILURES kept from being done."""
-    return Receipt(unit, FAILED, failure=f"unit {unit}: {error or type(error).__name__}",
-                   passing=isinstance(error, storage.StorageError))
+def failure_receipt(unit: int, error: Exception) -> Receipt:
+    """The receipt of a unit that this error kept from being done; of one that nobody expects, its traceback is logged.
+
+    Whatever it is, it must not leave the actor: Ray would drop the unit without a word.
+    """
+    said = str(error)
+    if not isinstance(error, (storage.StorageError, ConfigError, DataError)):
+        logger.warning("unit %d failed", unit, exc_info=error)
+        said = f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        said += " If no other process takes the GPU's memory: a smaller batch_size, which needs a new --output."
+    return Receipt(unit, FAILED, failure=f"unit {unit}: {said}", passing=_may_pass(error))
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, storage.ABOUT_THE_OBJECT):  # of a shard, a plan, boxes: who took it away must put it back
+        return False
+    out_of_memory = "can't allocate memory" in str(error)  # torch's RuntimeError on a CPU
+    return out_of_memory or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError))
 
 
 class UnitAnnotator:
     """Holds the model, and turns a unit's number into the unit's committed part.
 
     output   the run's output, where its model is kept
-    careful  decode in processes apart: a picture has ended this unit's process before
     decoder  the module that decodes
     reuse    an earlier output whose rows are copied where they would be the same
 
     Refuses (DataError) a process that can't work as the frozen job says: no GPU, another model.
     """
 
-    def __init__(self, output: str, job: FrozenJob, *, careful: bool = False, decoder: str = "pipeline.images",
+    def __init__(self, output: str, job: FrozenJob, *, decoder: str = "pipeline.images",
                  reuse: str | None = None) -> None:
-        self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
+        self.output, self.job, self.decoder = output, job, decoder
         self.predictor = _open_predictor(output, job)
         self.earlier = EarlierPictures(reuse) if reuse else None
 
     def annotate(self, unit: int, earlier_parts: Sequence[str] = (),
                  opened: Mapping[str, Opened] = MappingProxyType({}),
-                 detected: Mapping[str, Boxes] = MappingProxyType({})) -> Receipt:
+                 detected: Mapping[str, Boxes] = MappingProxyType({}), *, careful: bool = False) -> Receipt:
         """Annotate and commit one unit.
 
         earlier_parts  those of the reused output that may hold its pictures
         opened         its pictures, by key, that another process has read, decoded and cropped
         detected       of the others what the detector found, where one makes the boxes
+        careful        decode in processes apart: a picture may have ended this unit's process before
         """
         began = time.time()
-        return replace(self._annotate(unit, earlier_parts, opened, detected), began=began, ended=time.time())
+        receipt = self._annotate(unit, earlier_parts, opened, detected, careful=careful)
+        return replace(receipt, began=began, ended=time.time())
 
     def _annotate(self, unit: int, earlier_parts: Sequence[str], opened: Mapping[str, Opened],
-                  detected: Mapping[str, Boxes]) -> Receipt:
+                  detected: Mapping[str, Boxes], *, careful: bool) -> Receipt:
         part = storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))
         try:
             if storage.exists(part):
                 return Receipt(unit, THERE)
-            data, counts = self._part(unit, earlier_parts, opened, detected)
+            data, counts = self._part(unit, earlier_parts, opened, detected, careful=careful)
             refuse_if_begun_again(self.output, self.job)
             return Receipt(unit, COMMITTED if storage.put_if_absent(part, data) else LOST, counts)
-        except FAILURES as error:
+        except Exception as error:
             return failure_receipt(unit, error)
 
     def _part(self, unit: int, earlier_parts: Sequence[str], opened: Mapping[str, Opened],
-              detected: Mapping[str, Boxes]) -> tuple[bytes, dict[str, Any]]:
+              detected: Mapping[str, Boxes], *, careful: bool) -> tuple[bytes, dict[str, Any]]:
         planned = read_unit(self.output, self.job, unit)
         left = [one for one in planned if one["key"] not in opened]
         with contextlib.ExitStack() as resources:
-            others = self._opened(unit, left, earlier_parts, detected, resources) if left else iter(())
+            others: Iterator[Opened] = iter(())
+            if left:
+                others = self._opened(unit, left, earlier_parts, detected, resources, careful=careful)
             in_order = (opened.get(one["key"]) or next(others) for one in planned)
             pictures = annotate_opened(in_order, self.predictor, oks_nms=self.job.intent.get("oks_nms"))
         reused = [picture for picture in pictures if picture.reused]
@@ -128,18 +147,16 @@ class UnitAnnotator:
         return data, {**counts, "reused": len(reused), "computed": computed}
 
     def _opened(self, unit: int, planned: Sequence[dict[str, Any]], earlier_parts: Sequence[str],
-                detected: Mapping[str, Boxes], resources: contextlib.ExitStack) -> Iterator[Opened]:
+                detected: Mapping[str, Boxes], resources: contextlib.ExitStack, *,
+                careful: bool) -> Iterator[Opened]:
         earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
         boxes = unit_box_source(self.output, self.job, unit, detected=detected)
-        decoder = resources.enter_context(
-            open_decoder(limits_of(self.job.intent), isolated=self.careful, decoder=self.decoder))
-        tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier)
-        return open_pictures(tasks, self.predictor.crop_persons, decode=decoder.decode, threads=self._decoders())
-
-    def _decoders(self) -> int:
+        limits = limits_of(self.job.intent)
+        decoder = resources.enter_context(open_decoder(limits, isolated=careful, decoder=self.decoder))
+        tasks = inputs.pictures_of_unit(self.job.input, planned, boxes, earlier, max_bytes=limits.max_bytes)
         # a GPU waits for whoever decodes; on a CPU decoding and network share the cores anyway
-        gpu = self.job.intent["backend"] == "cuda"
-        return int(self.job.intent["threads"]) if gpu and not self.careful else 1
+        threads = int(self.job.intent["threads"]) if self.job.intent["backend"] == "cuda" and not careful else 1
+        return open_pictures(tasks, self.predictor.crop_persons, decode=decoder.decode, threads=threads)
 
 
 def _open_predictor(output: str, job: FrozenJob) -> Predictor:

@@ -36,7 +36,7 @@ from pipeline.model.directory import SPEC_FILE, ModelSpec, read_spec
 from pipeline.pose.crop import crop_persons
 from pipeline.reuse import EarlierPictures
 from pipeline.rows import OK, AnnotatedPicture, Boxes
-from pipeline.unit_annotator import FAILURES, MODEL_FOLDER, Receipt, failure_receipt, limits_of
+from pipeline.unit_annotator import MODEL_FOLDER, Receipt, failure_receipt, limits_of
 from pipeline.units import FrozenJob, read_unit
 
 Array = np.ndarray[Any, Any]
@@ -95,35 +95,37 @@ class UnitDecoder:
     annotator to check, which has the weights that its digest covers.
     """
 
-    def __init__(self, output: str, job: FrozenJob, *, careful: bool = False, decoder: str = "pipeline.images",
+    def __init__(self, output: str, job: FrozenJob, *, decoder: str = "pipeline.images",
                  reuse: str | None = None) -> None:
-        self.output, self.job, self.careful, self.decoder = output, job, careful, decoder
+        self.output, self.job, self.decoder = output, job, decoder
         self.spec = _read_spec(output)
         self.boxes = BoxChoice.of_intent(job.intent["boxes"])
         self.detector = _open_detector(output, self.boxes, job) if self.boxes.kind == DETECT else None
         self.earlier = EarlierPictures(reuse) if reuse else None
 
-    def decode(self, unit: int, earlier_parts: Sequence[str] = ()) -> DecodedUnit:
-        """One unit; nothing of it if it is committed already. `earlier_parts` as for `UnitAnnotator.annotate`."""
+    def decode(self, unit: int, earlier_parts: Sequence[str] = (), *, careful: bool = False) -> DecodedUnit:
+        """One unit; nothing of it if it is committed already. The arguments are as for `UnitAnnotator.annotate`."""
         began = time.monotonic()
         try:
             if storage.exists(storage.join(self.output, keypoints.FOLDER, self.job.part_name(unit))):
                 return DecodedUnit()
-            with open_decoder(limits_of(self.job.intent), isolated=self.careful, decoder=self.decoder) as decoder:
-                opened = self._opened(unit, earlier_parts, decoder.decode)
+            with open_decoder(limits_of(self.job.intent), isolated=careful, decoder=self.decoder) as decoder:
+                threads = 1 if careful else self.job.intent["threads"]
+                opened = self._opened(unit, earlier_parts, decoder.decode, threads=threads)
                 width, height = self.spec.input_size_wh
                 decoded = carry(opened, crop_shape=(height, width, 3), to_the_end=self.detector is not None)
             return replace(decoded, seconds=time.monotonic() - began)
-        except FAILURES as error:
+        except Exception as error:
             return DecodedUnit(failure=failure_receipt(unit, error))
 
-    def _opened(self, unit: int, earlier_parts: Sequence[str], decode: Callable[[bytes], Pixels]) -> Iterator[Opened]:
+    def _opened(self, unit: int, earlier_parts: Sequence[str], decode: Callable[[bytes], Pixels], *,
+                threads: int) -> Iterator[Opened]:
         earlier = self.earlier.of_parts(earlier_parts) if self.earlier else {}
         boxes = earlier_box_source(earlier) if self.detector else unit_box_source(self.output, self.job, unit)
-        tasks = inputs.pictures_of_unit(self.job.input, read_unit(self.output, self.job, unit), boxes, earlier)
+        tasks = inputs.pictures_of_unit(self.job.input, read_unit(self.output, self.job, unit), boxes, earlier,
+                                        max_bytes=limits_of(self.job.intent).max_bytes)
         if self.detector:
             return open_by_detector(tasks, self.detector, self._crop, decode=decode, choose=self.boxes.strongest)
-        threads = 1 if self.careful else self.job.intent["threads"]
         return open_pictures(tasks, self._crop, decode=decode, threads=threads)
 
     def _crop(self, image_bgr: Array, boxes_xywh: Array) -> Any:

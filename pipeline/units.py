@@ -27,6 +27,7 @@ from pipeline.rows import PLAN_SCHEMA
 VERSION = 1
 UNITS_PER_PLAN_FILE = 1000
 DROPPED_FILE = "dropped.parquet"
+RESTORE = "Restore the object, or choose a new --output."
 _PART = re.compile(r"part-(\d{7})-([0-9a-f]{8})\.parquet")
 
 
@@ -140,10 +141,13 @@ def read_unit(output: str, job: FrozenJob, unit: int) -> list[dict[str, Any]]:
 
 
 def read_units(output: str, job: FrozenJob, units: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-    """Some units in ascending order, each with its planned pictures; each file of the plan is opened once."""
+    """Some units in ascending order, each with its planned pictures; each file of the plan is opened once.
+
+    Refuses (DataError) a file that can't be read as one; trouble with the store is a StorageError.
+    """
     for number, wanted in itertools.groupby(units, lambda unit: unit // job.units_per_plan_file):
-        filesystem, path = storage.arrow_filesystem(_plan_uri(output, job.plan["digest"], _plan_file(number)))
-        with filesystem.open_input_file(path) as file, pq.ParquetFile(file) as plan:
+        uri = _plan_uri(output, job.plan["digest"], _plan_file(number))
+        with storage.arrow_file(uri, remedy=RESTORE) as file, pq.ParquetFile(file) as plan:
             for unit in wanted:
                 yield unit, plan.read_row_group(unit % job.units_per_plan_file)
 
@@ -175,8 +179,7 @@ def committed_units(output: str, folder: str, job: FrozenJob, *, earlier: Iterab
 def part_footers(output: str, folder: str, names: Iterable[str]) -> Iterator[pq.FileMetaData]:
     """The Parquet metadata of the named parts, in their order; only the files' ends are read."""
     def footer(name: str) -> pq.FileMetaData:
-        filesystem, path = storage.arrow_filesystem(storage.join(output, folder, name))
-        with filesystem.open_input_file(path) as file:
+        with storage.arrow_file(storage.join(output, folder, name), remedy=RESTORE) as file:
             return pq.read_metadata(file)
 
     return map_ahead(footer, names)

@@ -22,6 +22,7 @@ from pipeline.images import decode_picture
 from pipeline.prediction import Predictor
 from pipeline.units import open_job
 from pipeline.verification.keypoint_output import open_output
+from tests.fault_proxy import SLOW_DOWN, FaultProxy
 from tests.made_detector import detector_bytes
 from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
 
@@ -47,14 +48,14 @@ def write_boxes(path: Path, names: list[str], first_x: float = 5) -> None:
         "w": [40.0] * count + [0.0] * count, "h": [60.0] * 2 * count, "score": [0.9] * 2 * count}), path)
 
 
-def config(world: Path, output: Path, **settings: object) -> AnnotateConfig:
+def config(world: Path, output: Path | str, **settings: object) -> AnnotateConfig:
     return AnnotateConfig(**{
         "input": str(world / "in" / "images"), "model": str(world / "model"), "output": str(output),
         "boxes": str(world / "boxes.parquet"), "tracking": NO_TRACKING, "actors": 1, "pictures_per_unit": 4,
         "backend": "cpu", "max_rejected_share": 1, **settings})
 
 
-def detecting(world: Path, output: Path, **settings: object) -> AnnotateConfig:
+def detecting(world: Path, output: Path | str, **settings: object) -> AnnotateConfig:
     return config(world, output, **{"boxes": "detect", "detector": str(world / "detector.onnx"), "detector_score": 0.5,
                                     "max_persons": 3, "detector_backend": "opencv", **settings})
 
@@ -185,19 +186,12 @@ def test_of_a_picture_that_the_detector_could_not_look_at_nobody_says_that_it_is
 
 
 def test_trouble_with_the_store_in_the_detector_leaves_the_unit_for_later(
-        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, calls = unit_decoder.read_unit, []
-
-    def failing(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise StorageError("503 Slow Down")
-        return whole(*arguments)
-
-    monkeypatch.setattr(unit_decoder, "read_unit", failing)
+        world: Path, bucket: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(annotate, "PAUSES_S", (0.0,))
-    result = annotate.run(detecting(world, tmp_path / "out"))
-    assert len(calls) == 3  # two units, one of them twice
+    faulty_s3.fail("GET", SLOW_DOWN, path="/out/_plan/")  # which the first unit's detector reads
+    result = annotate.run(detecting(world, f"{bucket}/out"))
+    assert len([path for path in faulty_s3.asked("GET") if "/out/_plan/" in path]) > 2  # of two units, one twice
     assert result["counts"]["ok"] == 6
 
 

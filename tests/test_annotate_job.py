@@ -1,5 +1,6 @@
 """The annotate job as its users run it, on Ray: its rows, a driver that is killed, a picture that kills its actor."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -124,6 +125,22 @@ def test_a_picture_that_kills_its_decoder_is_rejected_and_all_others_are_annotat
         pictures_per_unit=2, max_rejected_share=1, actors=1, decoders=decoders, tracking=NO_TRACKING))
     assert result["counts"]["ok"] == 5
     assert result["counts"]["reasons"] == {"decoder_crash": 1}
+
+
+@pytest.mark.slow
+def test_where_many_pictures_kill_their_decoder_not_each_costs_its_actor(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = write_pictures(tmp_path / "in", count=5) / "images"
+    for number in range(30):
+        (pictures / f"000001-culprit-{number:02d}.jpg").write_bytes(f"tell {tmp_path}/deaths".encode())
+    monkeypatch.setattr(annotate_pool, "DECODER", "tests.crashing_decoder")
+    with caplog.at_level(logging.WARNING, logger="jobs.annotate"):
+        result = annotate.run(config(world, str(tmp_path / "out"), input=str(pictures), max_rejected_share=1, actors=1))
+    assert result["counts"]["ok"] == 5
+    assert result["counts"]["reasons"] == {"decoder_crash": 30}
+    assert "ended their process" not in caplog.text  # all in one pass
+    # each culprit once in a process of its own; with every 21st of them an actor has died
+    assert len((tmp_path / "deaths").read_text()) == 30 + 2
 
 
 @pytest.mark.slow

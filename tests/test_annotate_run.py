@@ -228,7 +228,7 @@ def test_a_list_of_uris_is_annotated_under_whole_uris_as_keys(world: Path, tmp_p
     assert rows(str(tmp_path / "out"))["key"].to_pylist() == uris
 
 
-def test_a_store_that_fails_leaves_the_unit_uncommitted_and_no_rejected_row(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_leaves_its_unit_uncommitted_and_no_rejected_row(world: Path, tmp_path: Path) -> None:
     sharded(world / "in", str(tmp_path / "shards"))
     damaged = next((tmp_path / "shards" / "shards").iterdir())
     whole = damaged.read_bytes()

@@ -36,6 +36,18 @@ def test_a_csv_of_uris(tmp_path: Path, name: str) -> None:
     assert read(uri) == [("s3://b/a 1.jpg", "0012", 7), ("/local.jpg", None, None)]
 
 
+def test_addresses_of_every_right_kind_are_taken(tmp_path: Path) -> None:
+    uris = ["/a:b.jpg", "c d.jpg", "file:///e.jpg", "s3://Old_Bucket/x", "s3://bucket/a:b"]
+    assert [row[0] for row in read(write_csv(tmp_path, "uri\n" + "\n".join([*uris, "s3://bucket/folder/"])))] == uris
+
+
+def test_an_entry_is_counted_in_the_whole_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "ROWS_AT_ONCE", 2)
+    pq.write_table(pa.table({"uri": ["a", "b", "c", "d", "gs://b/e"]}), tmp_path / "l.parquet")
+    with pytest.raises(DataError, match="entry 5 "):
+        read(str(tmp_path / "l.parquet"))
+
+
 def test_etag_and_size_may_be_missing(tmp_path: Path) -> None:
     assert read(write_csv(tmp_path, "uri\na.jpg\n")) == [("a.jpg", None, None)]
 
@@ -76,7 +88,10 @@ def test_an_inventorys_manifest_leads_to_parquet(tmp_path: Path, bucket: str) ->
 
 @pytest.mark.parametrize(("text", "said"), [
     ("path,size\na,1\n", "path, size"), ("uri\na\n\"\"\nb\n", "1 entries name no object"),
-    ("uri,size\na,large\n", "can't be read"), ("", "can't be read")])
+    ("uri,size\na,large\n", "can't be read"), ("", "can't be read"),
+    ("uri\na\nhttps://host/x.jpg\n", r"entry 2 .*'https://host/x.jpg'.* expected a local path or s3://"),
+    ("uri\ngs://b/x.jpg\n", "entry 1 .*'gs://b/x.jpg'"), ("uri\na\nb\ns3:///x.jpg\n", "entry 3 .*no bucket"),
+    ("bucket,key\na b,x.jpg\n", "entry 1 .*'s3://a b/x.jpg': no bucket"), ("uri\ns3://b\n", "entry 1 .*no object")])
 def test_a_wrong_list_is_refused_with_what_is_wrong(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(write_csv(tmp_path, text))

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage, storage_disk
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError, ObjectMissing, ObjectTooLarge
 from pipeline.storage import join, list_objects, put_if_absent, read_object
 from tests.s3 import S3Server
 
@@ -325,6 +326,27 @@ def test_pyarrow_reads_what_was_put(place: str) -> None:
         assert file.read(3) == b"456"
 
 
+def test_what_is_wrong_with_a_file_is_told_apart_from_an_object_that_is_not_there(place: str) -> None:
+    put_if_absent(join(place, "file"), b"no Parquet")
+    with (pytest.raises(DataError, match=r"/file can't be read .*\. Mend it\."),
+          storage.arrow_file(join(place, "file"), remedy="Mend it.") as file):
+        pq.read_table(file)
+    with pytest.raises(ObjectMissing), storage.arrow_file(join(place, "none"), remedy="Mend it."):
+        pass
+
+
+def test_an_object_above_the_limit_is_not_read(place: str) -> None:
+    put_if_absent(join(place, "file"), b"0123456789")
+    assert read_object(join(place, "file"), max_bytes=10) == b"0123456789"
+    with pytest.raises(ObjectTooLarge, match="10 bytes, and the limit is 9"):
+        read_object(join(place, "file"), max_bytes=9)
+
+
+def test_a_name_that_is_too_long_for_any_object_is_a_missing_one(place: str) -> None:
+    with pytest.raises(ObjectMissing):
+        read_object(join(place, "x" * 1025))  # S3: 1,024 bytes; a disk: 255
+
+
 def test_pyarrow_writes_what_can_be_read(place: str) -> None:
     put_if_absent(join(place, "first"), b"")
     filesystem, path = storage.arrow_filesystem(join(place, "from-arrow"))
@@ -367,7 +389,7 @@ def test_settings_that_are_wrong_are_a_wrong_command(
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", ""])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///x", "s3://b\x01/x", "s3://a b/x", ""])
 def test_an_address_of_another_kind_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):
         storage.normalise(uri)

@@ -44,6 +44,11 @@ def size_of(uri: str) -> int | None:
     return None if found is None else found.size
 
 
+def read_by_pyarrow(bucket: str) -> bytes:
+    with storage.arrow_file(join(bucket, "a"), remedy="") as file:
+        return bytes(file.read())
+
+
 REQUESTS: dict[str, tuple[str, Callable[[str], object], object]] = {
     "a whole read": ("GET", lambda bucket: read_object(join(bucket, "a")), b"0123456789"),
     "a ranged read": ("GET", lambda bucket: storage.read_range(join(bucket, "a"), 2, 5), b"23456"),
@@ -84,6 +89,28 @@ def test_a_fault_that_stays_is_an_error_that_names_the_object_and_the_attempts(
         act(world)
     assert not isinstance(raised.value, storage.ABOUT_THE_OBJECT)
     assert len(faulty_s3.asked(kind)) == ATTEMPTS
+
+
+@pytest.mark.parametrize("kind", ["HEAD", "GET"])
+@pytest.mark.parametrize("fault", [SLOW_DOWN, INTERNAL_ERROR, RESET, denied("ExpiredToken")],
+                         ids=lambda fault: fault.action + fault.code)
+def test_what_the_service_does_to_pyarrow_is_the_services_error_too(
+        world: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Fault) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    faulty_s3.fail(kind, fault, path="/a", times=100)
+    with pytest.raises(StorageError, match=f"{re.escape(world)}/a: ") as raised:
+        read_by_pyarrow(world)
+    assert not isinstance(raised.value, storage.ABOUT_THE_OBJECT)
+
+
+@pytest.mark.parametrize(("denied_path", "kind"), [("/a", storage.ObjectForbidden), ("", StorageError)])
+def test_a_refusal_to_pyarrow_is_about_the_object_if_one_beside_it_can_be_read(
+        world: str, faulty_s3: FaultProxy, denied_path: str, kind: type[StorageError]) -> None:
+    for request in ("HEAD", "GET"):
+        faulty_s3.fail(request, denied("AccessDenied"), path=world[5:] + denied_path, times=100)
+    with pytest.raises(StorageError) as raised:
+        read_by_pyarrow(world)
+    assert type(raised.value) is kind
 
 
 @pytest.mark.parametrize("times", [1, ATTEMPTS - 1])

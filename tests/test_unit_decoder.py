@@ -12,12 +12,13 @@ import pytest
 from jobs import annotate, shard
 from pipeline import storage, unit_decoder
 from pipeline.config import AnnotateConfig, ShardConfig
-from pipeline.errors import StorageError
 from pipeline.prediction import Predictor
 from pipeline.rows import AnnotatedPicture, Boxes
 from pipeline.unit_decoder import DecodedUnit, UnitDecoder, carry
 from pipeline.units import open_job
+from tests.fault_proxy import SLOW_DOWN, FaultProxy
 from tests.made_detector import detector_bytes
+from tests.s3 import S3Server
 from tests.worlds import NO_TRACKING, write_pictures, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -46,7 +47,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world: Path, output: Path, **settings: object) -> dict[str, Any]:
+def run(world: Path, output: Path | str, **settings: object) -> dict[str, Any]:
     return annotate.run(AnnotateConfig(**{
         "input": str(world / "in" / "images"), "model": str(world / "model"), "output": str(output), "backend": "cpu",
         "boxes": str(world / "boxes.parquet"), "tracking": NO_TRACKING, "pictures_per_unit": 5, "max_rejected_share": 1,
@@ -166,19 +167,19 @@ def test_what_an_earlier_run_has_seen_is_copied_and_read_by_nobody(
     assert parts(tmp_path / "new") == parts(tmp_path / "scratch")
 
 
+@pytest.mark.parametrize("folder", ["_plan", "_boxes"])
 def test_a_committed_unit_is_not_read_and_a_store_that_fails_fails_the_unit(
-        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(world, tmp_path / "out")
-    job = open_job(str(tmp_path / "out"))
+        world: Path, s3: S3Server, bucket: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch,
+        folder: str) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    run(world, f"{bucket}/out")
+    job = open_job(f"{bucket}/out")
     assert job is not None
-    decoder = UnitDecoder(str(tmp_path / "out"), job)
-
-    def failing(*_: object) -> Any:
-        raise StorageError("503 Slow Down")
-
-    monkeypatch.setattr(unit_decoder, "read_unit", failing)
-    assert decoder.decode(0).pictures == {}
-    next((tmp_path / "out" / "keypoints").glob("part-0000000-*")).unlink()
+    decoder = UnitDecoder(f"{bucket}/out", job)
+    faulty_s3.fail("GET", SLOW_DOWN, path=f"/out/{folder}/", times=100)
+    done = decoder.decode(0)
+    assert (done.pictures, done.failure) == ({}, None)
+    s3.client().delete_object(Bucket=bucket[5:], Key=f"out/keypoints/{job.part_name(0)}")
     failure = decoder.decode(0).failure
     assert failure is not None
     assert (failure.unit, failure.outcome, failure.passing) == (0, "failed", True)

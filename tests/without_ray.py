@@ -63,6 +63,7 @@ WITHOUT_RAY: list[tuple[Any, str, Any]] = [
     (shard, "ShardWriter", InlineWriter),
     *((module, "num_gpus", lambda: 0) for module in (annotate, annotate_pool, plan)),
     *((module, "annotate_units", annotate_inline) for module in (annotate, plan)),
+    (annotate_pool, "was_restarted", lambda: False),
     (annotate_pool, "node_cpus", lambda: [1]),
     (annotate_pool, "node_gpus", lambda: [0]),
     (promote, "start_ray", contextlib.nullcontext),

@@ -68,8 +68,8 @@ def homes_of(suspects: Hashes, folder_uri: str, parts: Sequence[HasKeys],
     for part in parts:
         if not among(part.key_hashes, ordered).any():
             continue
-        filesystem, path = storage.arrow_filesystem(storage.join(folder_uri, part.name))
-        keys = set(pq.read_table(path, filesystem=filesystem, columns=["key"])["key"].to_pylist())
+        with storage.arrow_file(storage.join(folder_uri, part.name), remedy="Run again.") as file:
+            keys = set(pq.read_table(file, columns=["key"])["key"].to_pylist())
         for key in keys - dropped.get(part.name, frozenset()) - {None}:
             if int(hash_keys([key])[0]) in wanted:
                 homes[key].append(part.name)
