@@ -74,7 +74,8 @@ def _record(config: AnnotateConfig, job: FrozenJob, counts: dict[str, Any], done
     model = {"model_ref": config.model, "model_name": job.about["model"]["name"],
              "model_version": job.about["model"]["version"], "model_run_id": trained_by}
     speed = {name: done[name] for name in ("seconds", "persons_per_s", "pictures_per_s") if name in done}
-    record_run(config.tracking, "annotate", counts=counts | speed, dataset=(config.output, job.digest),
+    given = {"given": job.about.get("given", {})}
+    record_run(config.tracking, "annotate", counts=counts | speed | given, dataset=(config.output, job.digest),
                read=(config.input, job.plan["digest"]),
                params={"input": config.input, "output": config.output, **model, **job.intent})
 
@@ -95,7 +96,8 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     if job is None:
         storage.prove_put_if_absent(config.output)
     asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
-    with choose_boxes(asked, source, config.output, job) as boxes:
+    whole = choose is iter and config.limit is None
+    with choose_boxes(asked, source, config.output, job, whole=whole) as boxes:
         intent = _intent(config, model.directory, boxes.choice, {} if job is None else job.intent)
         if config.reuse:
             open_earlier(config.reuse, intent)
@@ -105,7 +107,7 @@ def freeze(config: AnnotateConfig, model: FoundModel,
             put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
             about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
             job = freeze_job(config.output, choose(units), input=source, intent=intent, about=about | boxes.about,
-                             before_commit=boxes.freeze)
+                             before_commit=lambda job: {"given": boxes.freeze(job)})
             logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
         refuse_other_intent(job, config.output, input=source, intent=intent)
         if sealed_counts(config.output, job) is None:
@@ -265,4 +267,4 @@ def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: i
                 job.plan["pictures"], counts["ok"], counts["no_person"], counts["rejected"],
                 counts["reasons"] or "", counts["persons"])
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
-            "units_annotated": committed, "counts": counts}
+            "units_annotated": committed, "counts": counts, "given": job.about.get("given", {})}
