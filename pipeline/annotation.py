@@ -26,6 +26,10 @@ CropPersons = Callable[[Array, Array], CroppedPersons]  # of a picture, by boxes
 Opened = tuple[AnnotatedPicture, CroppedPersons | None]  # before the network: what it has to see, if anything
 
 
+# Of a box's numbers. Pictures have 65,535 pixels a side at most, and up to a million float32 tells joints apart to 0.06
+LARGEST_PX, SMALLEST_PX = 1e6, 1e-3
+
+
 @dataclass(frozen=True)
 class PictureToAnnotate:
     """One picture of a unit.
@@ -113,10 +117,12 @@ def annotate_opened(pictures: Iterable[Opened], predictor: Predictor, *,
 
 
 def usable_boxes(boxes: Boxes, width: int, height: int) -> Boxes:
-    """The boxes that can be cropped: finite, of positive size, and with some part inside the picture."""
+    """The boxes that can be cropped: finite, no number beyond LARGEST_PX, sides from SMALLEST_PX on, and with some part
+    inside the picture. They are never clipped."""
     x, y, w, h = boxes.xywh.T
-    with np.errstate(invalid="ignore"):
-        usable = np.isfinite(boxes.xywh).all(axis=1) & np.isfinite(boxes.scores) & (w > 0) & (h > 0)
+    with np.errstate(invalid="ignore"):  # NaN is neither
+        usable = (np.abs(boxes.xywh) <= LARGEST_PX).all(axis=1) & np.isfinite(boxes.scores)
+        usable &= (w >= SMALLEST_PX) & (h >= SMALLEST_PX)
         usable &= (x < width) & (y < height) & (x + w > 0) & (y + h > 0)
     return Boxes(boxes.ids[usable], boxes.xywh[usable], boxes.scores[usable])
 
@@ -178,7 +184,8 @@ def judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
         return AnnotatedPicture(picture, OK, boxes=boxes, boxes_refused=refused)
     if not refused:
         return AnnotatedPicture(picture, NO_PERSON)
-    found = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
+    found = (f"none of its {refused} boxes has numbers of at most {LARGEST_PX:,.0f}, sides of at least {SMALLEST_PX:g} "
+             f"and a part inside {width}x{height} pixels")
     return AnnotatedPicture(picture, REJECTED, "bad_boxes", found, boxes_refused=refused)
 
 
