@@ -33,6 +33,7 @@ from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
 from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
 from pipeline.config import AnnotateConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.exclusion import Exclusion
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwise
@@ -91,9 +92,9 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     """
     job = open_job(config.output)
     reused = open_earlier(config.reuse) if config.reuse else None
-    exclude = read_keys(config.exclude, flag="--exclude") if config.exclude else []
+    exclude = Exclusion(read_keys(config.exclude, flag="--exclude") if config.exclude else ())
     # an input that has grown since is another input: an unfinished run goes on with the version it began with
-    source = inputs.describe_input(config.input, exclude, frozen=None if job is None else job.input)
+    source = inputs.describe_input(config.input, exclude.keys, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
     asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
@@ -110,12 +111,20 @@ def freeze(config: AnnotateConfig, model: FoundModel,
             put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
             about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
             job = freeze_job(config.output, choose(units), input=source, intent=intent, about=about | boxes.about,
-                             before_commit=lambda job: {"given": boxes.freeze(job)})
-            logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+                             before_commit=lambda job: {"given": exclude.counts() | boxes.freeze(job)})
+            _tell_planned(config, job, exclude)
         refuse_other_intent(job, config.output, input=source, intent=intent)
         if sealed_counts(config.output, job) is None:
             boxes.freeze(job)  # a run that an earlier program began has its boxes in another form
     return job
+
+
+def _tell_planned(config: AnnotateConfig, job: FrozenJob, exclude: Exclusion) -> None:
+    logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+    if exclude.keys:
+        logger.info("%d pictures are left out by --exclude %s", exclude.counts()["excluded"], config.exclude)
+    if doubt := exclude.doubt():
+        logger.warning("--exclude %s: %s", config.exclude, doubt)
 
 
 def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, before: FrozenJob | None) -> dict[str, Any]:

@@ -330,6 +330,32 @@ def test_excluded_keys_are_not_planned(world: Path) -> None:
     assert not {names(world)[2].name, names(world)[3].name} & set(rows(str(world / "new"))["key"].to_pylist())
 
 
+def test_excluded_keys_are_counted_and_those_of_no_picture_are_told_with_examples(
+        world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (world / "out.txt").write_text(f"{names(world)[2].name}\n000003.JPG\nfolder/000004.jpg\n")
+    result = run(world, "new", exclude=str(world / "out.txt"))
+    assert result["given"] == {"excluded": 1, "excluded_unknown": 2}
+    assert json.loads((world / "new" / "_job.json").read_text())["about"]["given"] == result["given"]
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(f"2 of the 3 keys are of no object here, such as '000003.JPG', 'folder/000004.jpg'; a key here is "
+               f"{names(world)[0].name!r}" in one for one in told)
+
+
+def test_a_list_of_which_no_key_is_there_is_told_to_leave_nothing_out(
+        world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (world / "out.txt").write_text("a.jpg\nb.jpg\n")
+    assert run(world, "new", exclude=str(world / "out.txt"))["given"] == {"excluded": 0, "excluded_unknown": 2}
+    assert "nothing is left out: all 2 keys" in caplog.text
+
+
+def test_a_limit_that_ends_before_the_input_leaves_open_which_keys_are_there(
+        world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (world / "out.txt").write_text(f"{names(world)[0].name}\n{names(world)[7].name}\n")
+    result = run(world, "new", exclude=str(world / "out.txt"), limit=2, pictures_per_unit=1)
+    assert "excluded_unknown" not in result["given"]
+    assert "no object here" not in caplog.text
+
+
 def test_another_list_of_excluded_keys_is_another_input(world: Path) -> None:
     (world / "out.txt").write_text(f"{names(world)[2].name}\n")
     with pytest.raises(ConfigError, match="input: begun with"):
