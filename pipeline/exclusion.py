@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 EXAMPLES = 3
 
@@ -51,7 +52,7 @@ class Exclusion:
                 f"{self._one_kept!r}. If they are meant for this input, spell them so.")
 
     def _left_of(self, table: pa.Table) -> pa.Table:
-        places = pa.compute.index_in(table["key"], self._keys)
+        places = pc.index_in(table["key"], self._keys)
         self._found[places.drop_null().to_numpy()] = True
         left = table.filter(places.is_null())
         if len(left) and self._one_kept is None:

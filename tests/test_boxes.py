@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.box_files import find_box_files, json_box_tables, read_box_tables
+from pipeline.box_files import find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.boxes import AskedBoxes, choose_boxes, unit_box_source
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, ObjectChanged
 from pipeline.frozen_boxes import SpreadBoxes, read_unit_boxes
+from pipeline.storage import put_if_absent
 from pipeline.units import FrozenJob, freeze_job
 
 PREFIX = {"kind": "prefix", "uri": "/pictures"}
@@ -186,3 +187,25 @@ def test_a_json_is_read_only_as_far_as_its_boxes_are_taken(monkeypatch: pytest.M
 
     assert len(next(json_box_tables(pieces(), "d.json"))) == 10
     assert len(taken) < 15
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 25])
+def test_a_bucket_gives_the_pieces_of_an_object_that_make_it_whole(
+        bucket: str, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("pipeline.box_files.BYTES_AT_ONCE", 10)
+    data = bytes(range(size))
+    put_if_absent(f"{bucket}/{size}.json", data)
+    pieces = list(read_pieces(find_box_files(f"{bucket}/{size}.json").objects[0]))
+    assert b"".join(pieces) == data
+    assert len(pieces) == -(-size // 10)
+
+
+def test_a_json_that_becomes_another_one_while_it_is_read_is_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.box_files.BYTES_AT_ONCE", 10)
+    (tmp_path / "d.json").write_text("[1, 2, 3, 4, 5, 6]")
+    pieces = read_pieces(find_box_files(str(tmp_path / "d.json")).objects[0])
+    next(pieces)
+    (tmp_path / "d.json").write_text("[1, 2, 3, 4, 5, 6, 7]")
+    with pytest.raises(ObjectChanged):
+        next(pieces)
