@@ -33,10 +33,11 @@ from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
 from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
 from pipeline.config import AnnotateConfig, locations
 from pipeline.errors import ConfigError, DataError
+from pipeline.exclusion import Exclusion
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.patience import PAUSES_S
-from pipeline.reuse import earlier_parts, open_earlier
+from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwise
 from pipeline.rows import ROW_VERSION
 from pipeline.unit_annotator import FAILED, MODEL_FOLDER, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
@@ -73,7 +74,8 @@ def _record(config: AnnotateConfig, job: FrozenJob, counts: dict[str, Any], done
     model = {"model_ref": config.model, "model_name": job.about["model"]["name"],
              "model_version": job.about["model"]["version"], "model_run_id": trained_by}
     speed = {name: done[name] for name in ("seconds", "persons_per_s", "pictures_per_s") if name in done}
-    record_run(config.tracking, "annotate", counts=counts | speed, dataset=(config.output, job.digest),
+    given = {"given": job.about.get("given", {})}
+    record_run(config.tracking, "annotate", counts=counts | speed | given, dataset=(config.output, job.digest),
                read=(config.input, job.plan["digest"]),
                params={"input": config.input, "output": config.output, **model, **job.intent})
 
@@ -88,43 +90,56 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     choose  which of the input's units (tables of pictures) the plan has; all, unless it is told otherwise
     """
     job = open_job(config.output)
-    exclude = read_keys(config.exclude, flag="--exclude") if config.exclude else []
+    reused = open_earlier(config.reuse) if config.reuse else None
+    exclude = Exclusion(read_keys(config.exclude, flag="--exclude") if config.exclude else ())
     # an input that has grown since is another input: an unfinished run goes on with the version it began with
-    source = inputs.describe_input(config.input, exclude, frozen=None if job is None else job.input)
+    source = inputs.describe_input(config.input, exclude.keys, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
     asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
-    with choose_boxes(asked, source, config.output, job) as boxes:
-        intent = _intent(config, model.directory, boxes.choice, {} if job is None else job.intent)
-        if config.reuse:
-            open_earlier(config.reuse, intent)
+    whole = choose is iter and config.limit is None
+    with choose_boxes(asked, source, config.output, job, reused=reused, whole=whole) as boxes:
+        intent = _intent(config, model.directory, boxes.choice, job or reused)
+        if reused is not None:
+            refuse_computed_otherwise(str(config.reuse), reused, intent)
+        if reused is not None and job is None and config.backend == "auto":
+            _refuse_missing_backend(str(config.reuse), intent["backend"])
         if job is None:
             units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit,
                                       exclude=exclude)
             put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
             about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
             job = freeze_job(config.output, choose(units), input=source, intent=intent, about=about | boxes.about,
-                             before_commit=boxes.freeze)
-            logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+                             before_commit=lambda job: {"given": exclude.counts() | boxes.freeze(job)})
+            _tell_planned(config, job, exclude)
         refuse_other_intent(job, config.output, input=source, intent=intent)
         if sealed_counts(config.output, job) is None:
             boxes.freeze(job)  # a run that an earlier program began has its boxes in another form
     return job
 
 
-def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, frozen: dict[str, Any]) -> dict[str, Any]:
-    """All that can change a row, with `auto` resolved: by the frozen run, else by the cluster at hand."""
+def _tell_planned(config: AnnotateConfig, job: FrozenJob, exclude: Exclusion) -> None:
+    logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+    if exclude.keys:
+        logger.info("%d pictures are left out by --exclude %s", exclude.counts()["excluded"], config.exclude)
+    if doubt := exclude.doubt():
+        logger.warning("--exclude %s: %s", config.exclude, doubt)
+
+
+def _intent(config: AnnotateConfig, model: Path, choice: BoxChoice, before: FrozenJob | None) -> dict[str, Any]:
+    """All that can change a row, with `auto` resolved: as `before` had it, the run that goes on or whose rows are
+    copied, else by the cluster at hand."""
     from pipeline.model.directory import model_digest
 
+    def resolve(name: str, at_hand: Callable[[], Any]) -> Any:
+        if (asked := getattr(config, name)) not in (None, "auto"):
+            return asked
+        return (before.intent.get(name) if before else None) or at_hand()
+
     given = ("batch_size", "flip", "deterministic", "limit", "pictures_per_unit", "max_pixels")
-    backend = config.backend if config.backend != "auto" else frozen.get("backend") or _backend_at_hand()
-    resolved = {
-        "backend": backend,
-        "precision": config.precision if config.precision != "auto" else frozen.get("precision") or native_precision(
-            gpu=backend == "cuda"),
-        "threads": config.threads or actor_threads()}
-    automatic = [name for name in resolved if getattr(config, name) in (None, "auto")]
-    resolved |= {name: frozen[name] for name in automatic if name in frozen}
+    backend = resolve("backend", _backend_at_hand)
+    resolved = {"backend": backend, "threads": resolve("threads", actor_threads),
+                "precision": resolve("precision", lambda: native_precision(gpu=backend == "cuda"))}
     _refuse_compiling(config, backend)
     # what came later is there only where it is asked for, so that older outputs go on
     added = {name: value for name in ("oks_nms", "compile", "accept_truncated")
@@ -141,6 +156,18 @@ def _backend_at_hand() -> str:
     if num_cpus():
         warn_of_cpus("--set backend=cuda --set actors=N")
     return cpu_backend()
+
+
+def _refuse_missing_backend(reuse: str, backend: str) -> None:
+    """Refuse (ConfigError) the backend of the reused run where it isn't here."""
+    from pipeline.model.inference import has_openvino
+
+    missing = {"cuda": not num_gpus(), "openvino": not has_openvino()}
+    if missing.get(backend):
+        remedy = ("run where there are GPUs, or give --set backend=cuda --set actors=N if the cluster starts them"
+                  if backend == "cuda" else "pip install '.[openvino]', on every node")
+        raise ConfigError(f"--reuse {reuse}: its rows were computed by backend {backend}, which isn't here, and others "
+                          f"give other bits: {remedy}; or leave --reuse out, to compute all anew.")
 
 
 def _refuse_compiling(config: AnnotateConfig, backend: str) -> None:
@@ -250,8 +277,7 @@ def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
               careful: bool = False) -> Iterator[Receipt]:
     earlier: dict[int, list[str]] = {}
     if config.reuse:
-        earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse, job.intent), config.output, job,
-                                     sorted(units)))
+        earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse), config.output, job, sorted(units)))
     tasks = [UnitTask(unit, tuple(earlier.get(unit, ()))) for unit in units]
     pool = pool_sizes(job, actors=config.actors, detectors=config.detectors, decoders=config.decoders)
     return annotate_units(config.output, job, tasks, pool=pool, reuse=config.reuse, careful=careful)
@@ -286,4 +312,4 @@ def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: i
                 job.plan["pictures"], counts["ok"], counts["no_person"], counts["rejected"],
                 counts["reasons"] or "", counts["persons"])
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
-            "units_annotated": committed, "counts": counts}
+            "units_annotated": committed, "counts": counts, "given": job.about.get("given", {})}

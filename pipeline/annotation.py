@@ -26,6 +26,10 @@ CropPersons = Callable[[Array, Array], CroppedPersons]  # of a picture, by boxes
 Opened = tuple[AnnotatedPicture, CroppedPersons | None]  # before the network: what it has to see, if anything
 
 
+# Of a box's numbers. Pictures have 65,535 pixels a side at most, and up to a million float32 tells joints apart to 0.06
+LARGEST_PX, SMALLEST_PX = 1e6, 1e-3
+
+
 @dataclass(frozen=True)
 class PictureToAnnotate:
     """One picture of a unit.
@@ -33,7 +37,8 @@ class PictureToAnnotate:
     picture  the row's values so far: key, image_id, etag, sha256, width, height (None: not known yet)
     read     gives its bytes; may refuse with what is about the object
     boxes    its persons, given (width, height)
-    earlier  what an earlier run of the same intent made of the picture of this key; copied, if it is still the same
+    earlier  what an earlier run of the same intent made of the picture of this key; copied, if it is still the same.
+             Its etag is None where it isn't of this very object
     """
 
     picture: dict[str, Any]
@@ -78,7 +83,8 @@ def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predicto
     decoders  threads that decode and crop while the network runs; 1: the caller's, in turns. They change no row.
     oks_nms   a person whose pose is more like a better one's than this OKS is left out
 
-    What an earlier run made of the same bytes with the same boxes is copied; with the same ETag it isn't even read.
+    What an earlier run made of the same bytes with the same boxes is copied; of the same object with the same ETag it
+    isn't even read.
     """
     return annotate_opened(open_pictures(pictures, predictor.crop_persons, decode=decode, threads=decoders), predictor,
                            oks_nms=oks_nms)
@@ -113,10 +119,12 @@ def annotate_opened(pictures: Iterable[Opened], predictor: Predictor, *,
 
 
 def usable_boxes(boxes: Boxes, width: int, height: int) -> Boxes:
-    """The boxes that can be cropped: finite, of positive size, and with some part inside the picture."""
+    """The boxes that can be cropped: finite, no number beyond LARGEST_PX, sides from SMALLEST_PX on, and with some part
+    inside the picture. They are never clipped."""
     x, y, w, h = boxes.xywh.T
-    with np.errstate(invalid="ignore"):
-        usable = np.isfinite(boxes.xywh).all(axis=1) & np.isfinite(boxes.scores) & (w > 0) & (h > 0)
+    with np.errstate(invalid="ignore"):  # NaN is neither
+        usable = (np.abs(boxes.xywh) <= LARGEST_PX).all(axis=1) & np.isfinite(boxes.scores)
+        usable &= (w >= SMALLEST_PX) & (h >= SMALLEST_PX)
         usable &= (x < width) & (y < height) & (x + w > 0) & (y + h > 0)
     return Boxes(boxes.ids[usable], boxes.xywh[usable], boxes.scores[usable])
 
@@ -178,7 +186,8 @@ def judge_boxes(picture: dict[str, Any], given: Boxes) -> AnnotatedPicture:
         return AnnotatedPicture(picture, OK, boxes=boxes, boxes_refused=refused)
     if not refused:
         return AnnotatedPicture(picture, NO_PERSON)
-    found = f"none of its {refused} boxes has a finite, positive size and a part inside {width}x{height} pixels"
+    found = (f"none of its {refused} boxes has numbers of at most {LARGEST_PX:,.0f}, sides of at least {SMALLEST_PX:g} "
+             f"and a part inside {width}x{height} pixels")
     return AnnotatedPicture(picture, REJECTED, "bad_boxes", found, boxes_refused=refused)
 
 
@@ -187,27 +196,29 @@ def _unchanged(task: PictureToAnnotate) -> AnnotatedPicture | None:
     earlier = task.earlier
     if earlier is None or not _same_bytes(task.picture, earlier.picture) or _may_change(earlier.reason):
         return None
-    picture = task.picture | {"sha256": earlier.picture["sha256"]}
+    picture = task.picture | {"sha256": task.picture["sha256"] or earlier.picture["sha256"]}
     if earlier.picture["width"] is None or earlier.picture["height"] is None:  # nobody has seen its boxes
         return replace(earlier, picture=picture, reused=True) if earlier.status == REJECTED else None
     now = judge_boxes(picture | {name: earlier.picture[name] for name in ("width", "height")},
                       task.boxes(earlier.picture["width"], earlier.picture["height"]))
-    if (now.status, now.reason) != (earlier.status, earlier.reason) or not _same_boxes(now.boxes, earlier.boxes):
+    if (now.status, now.reason) != (earlier.status, earlier.reason) or not _had_boxes(earlier, now.boxes):
         return None
-    return replace(now, joints_xy=earlier.joints_xy, joint_scores=earlier.joint_scores, reused=True)
+    return replace(earlier, picture=now.picture, error=now.error, boxes_refused=now.boxes_refused, reused=True)
 
 
 def _same_bytes(picture: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    return any(picture[name] is not None and picture[name] == earlier[name] for name in ("etag", "sha256"))
+    if picture["sha256"] and earlier["sha256"]:
+        return bool(picture["sha256"] == earlier["sha256"])
+    return picture["etag"] is not None and bool(picture["etag"] == earlier["etag"])
 
 
 def _may_change(reason: str | None) -> bool:
     return reason is not None and REASONS.get(reason, ("", True))[1]
 
 
-def _same_boxes(boxes: Boxes, others: Boxes) -> bool:
-    return all(np.array_equal(mine, other) for mine, other in
-               ((boxes.ids, others.ids), (boxes.xywh, others.xywh), (boxes.scores, others.scores)))
+def _had_boxes(earlier: AnnotatedPicture, boxes: Boxes) -> bool:
+    """Whether these are the boxes that it was given, or those that it kept of them: both give the rows that it has."""
+    return boxes.digest() in (earlier.boxes.digest(), earlier.digest_before)
 
 
 def _with_joints(opened: Sequence[Opened], joints: Array, scores: Array,
@@ -233,4 +244,4 @@ def _suppressed(picture: AnnotatedPicture, skeleton: Skeleton, threshold: float)
                           threshold=threshold)
     return replace(picture, boxes=Boxes(boxes.ids[kept], boxes.xywh[kept], boxes.scores[kept]),
                    joints_xy=picture.joints_xy[kept], joint_scores=picture.joint_scores[kept],
-                   suppressed=len(boxes.ids) - len(kept))
+                   suppressed=len(boxes.ids) - len(kept), digest_before=boxes.digest())

@@ -5,17 +5,17 @@ Each kind of input gives two things: the units of the plan, and the pictures of 
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import shards, storage
 from pipeline.annotation import PictureToAnnotate, read_ahead
 from pipeline.boxes import BoxSource
 from pipeline.errors import DataError
+from pipeline.exclusion import Exclusion
 from pipeline.images import PictureRefused
 from pipeline.inventory import LIST_SCHEMA, is_list, read_list
 from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture
@@ -26,7 +26,8 @@ NEIGHBOURS = 3  # objects that are tried before a refusal is taken to be about o
 SHARDS, PREFIX, LIST = "shards", "prefix", "list"
 
 
-def describe_input(uri: str, exclude: Sequence[str] = (), *, frozen: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe_input(uri: str, exclude: Collection[str] = (), *,
+                   frozen: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The kind of input at this URI, with its version where it has versions, and the digest of the keys left out.
 
     frozen  the input that a run was begun with: if it is at the same place, its version counts
@@ -42,25 +43,26 @@ def describe_input(uri: str, exclude: Sequence[str] = (), *, frozen: Mapping[str
     return kind | left_out
 
 
-def _keys_digest(keys: Sequence[str]) -> str:
+def _keys_digest(keys: Collection[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(keys))).encode()).hexdigest()
 
 
 def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | None,
-               exclude: Sequence[str] = ()) -> Iterator[pa.Table]:
+               exclude: Exclusion | None = None) -> Iterator[pa.Table]:
     """The units of an input, each a table of planned pictures (columns of PLAN_SCHEMA); `exclude`: keys left out."""
-    out = pa.array(exclude, pa.string())
+    exclude = exclude or Exclusion()
     if source["kind"] == SHARDS:
-        units = _without(out, _shard_units(shards.open_shards(source["uri"], source["version"])))
+        units = exclude.without(_shard_units(shards.open_shards(source["uri"], source["version"])))
     else:
         listed = _listed(source["uri"]) if source["kind"] == LIST else _under_prefix(source["uri"])
-        units = _units_of(_without(out, listed), pictures_per_unit)
+        units = _units_of(exclude.without(listed), pictures_per_unit)
     found = False
     for unit in _limited(units, limit):
         found = True
         yield unit
     if not found:
-        raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address.")
+        raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address"
+                        f"{' and what --exclude leaves out' if exclude.keys else ''}.")
 
 
 def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,
@@ -97,13 +99,6 @@ def _listed(uri: str) -> Iterator[pa.Table]:
     table = pa.concat_tables([LIST_SCHEMA.empty_table(), *read_list(uri)]).sort_by("uri")
     refuse_repeated(table["uri"], uri)
     yield table.rename_columns({"uri": "key"})
-
-
-def _without(keys: pa.Array, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    for table in tables:
-        left = table.filter(pc.invert(pc.is_in(table["key"], keys))) if len(keys) else table
-        if len(left):
-            yield left
 
 
 def _units_of(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

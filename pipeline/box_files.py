@@ -6,8 +6,9 @@ Parquet's columns, by name: `key` (a picture's name under the prefix of the inpu
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ KEY, IMAGE_ID = "key", "image_id"
 SIDES = ("x", "y", "w", "h")
 ROWS_AT_ONCE = 65_536
 WRITE_AGAIN = "Boxes are Parquet: write it again, or leave it out."
+# Of a JSON. More rows take memory (65,536 of them 60 MB) and save no time; fewer bytes are more requests
+JSON_ROWS_AT_ONCE, BYTES_AT_ONCE = 8192, 4 << 20
 # `picture` is the key, or the image id in digits; `box_id` NULL: not given
 BOX_SCHEMA = pa.schema([("picture", pa.string()), ("box_id", pa.int64()), *((side, pa.float64()) for side in SIDES),
                         ("score", pa.float64())])
@@ -52,8 +55,8 @@ def find_box_files(uri: str) -> BoxFiles:
     one = storage.describe_object(uri)
     objects = [one] if one else [found for found in storage.list_objects(uri) if _is_parquet(found.name)]
     if not objects:
-        raise ConfigError(f"--boxes {uri}: neither annotated, whole-image nor detect, and no COCO detections JSON, "
-                          "Parquet file or prefix with Parquet files is there.")
+        raise ConfigError(f"--boxes {uri}: nothing is there, neither a COCO detections JSON nor a Parquet file nor a "
+                          "prefix with Parquet files. Give one of these, or annotated, whole-image or detect.")
     if one and not uri.endswith(".parquet"):
         return BoxFiles(uri, (one,), IMAGE_ID, is_json=True)
     return BoxFiles(uri, tuple(objects), _picture_column(_names(objects[0].uri), objects[0].uri), is_json=False)
@@ -69,13 +72,22 @@ def read_box_tables(files: BoxFiles) -> Iterator[pa.Table]:
         yield from _parquet_tables(found.uri, files.by)
 
 
-def json_box_table(data: bytes, source: str) -> pa.Table:
-    """The person boxes of a COCO detections JSON (BOX_SCHEMA); `box_id` is the place in the file."""
-    found = [(str(image_id), one) for image_id, detections in parse_detections(data, source=source).items()
-             for one in detections]
-    sides = np.array([one.box_xywh for _, one in found], np.float64).reshape(-1, 4).T
-    return pa.table([[picture for picture, _ in found], [one.index for _, one in found], *sides,
-                     np.array([one.score for _, one in found], np.float64)], schema=BOX_SCHEMA)
+def read_pieces(found: storage.StoredObject) -> Iterator[bytes]:
+    """An object's bytes, some at a time; ObjectChanged if it becomes another one meanwhile."""
+    for start in range(0, found.size, BYTES_AT_ONCE):
+        yield storage.read_range(found.uri, start, BYTES_AT_ONCE, etag=found.etag)
+
+
+def json_box_tables(pieces: Iterable[bytes], source: str) -> Iterator[pa.Table]:
+    """The person boxes of a COCO detections JSON, as tables of BOX_SCHEMA; `box_id` is the place in the file.
+
+    Refused as by `coco.parse_detections`.
+    """
+    detections = parse_detections(pieces, source=source)
+    while some := list(itertools.islice(detections, JSON_ROWS_AT_ONCE)):
+        sides = np.array([one.box_xywh for one in some], np.float64).T
+        yield pa.table([[str(one.image_id) for one in some], [one.index for one in some], *sides,
+                        np.array([one.score for one in some], np.float64)], schema=BOX_SCHEMA)
 
 
 def _is_parquet(name: str) -> bool:

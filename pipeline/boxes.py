@@ -6,7 +6,8 @@ A choice is made and frozen once, by the driver; an actor knows it from the job'
 import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,13 +16,21 @@ import pyarrow as pa
 
 from pipeline import shards, storage
 from pipeline.annotation import annotated_boxes, strongest_boxes, whole_image_box
-from pipeline.box_files import KEY, BoxFiles, find_box_files, json_box_table, read_box_tables
+from pipeline.box_files import KEY, BoxFiles, find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.detection import choose_backend, detector_input
 from pipeline.errors import ConfigError
-from pipeline.frozen_boxes import PICTURE_SCHEMA, SpreadBoxes, are_frozen, freeze_boxes, read_unit_boxes
+from pipeline.frozen_boxes import (
+    PICTURE_SCHEMA,
+    SpreadBoxes,
+    are_frozen,
+    count_frozen,
+    freeze_boxes,
+    read_unit_boxes,
+)
 from pipeline.rows import AnnotatedPicture, Boxes
 from pipeline.units import FrozenJob, read_units
 
+logger = logging.getLogger("jobs.annotate")
 ANNOTATED, WHOLE_IMAGE, DETECTIONS, DETECT = "annotated", "whole-image", "detections", "detect"
 DETECTOR_FOLDER = "_detector"
 
@@ -72,20 +81,25 @@ class ChosenBoxes:
     """A choice, and what the driver does about it.
 
     about   for `_job.json`: where the boxes come from; can change no row
-    freeze  puts what is missing of the boxes or the detector beside a job's plan
+    freeze  puts what is missing of the boxes or the detector beside a job's plan; gives back, of a job that begins with
+            boxes from files, how many of them are of planned pictures, and how many of others
     """
 
     choice: BoxChoice
     about: dict[str, Any] = field(default_factory=dict)
-    freeze: Callable[[FrozenJob], None] = lambda job: None
+    freeze: Callable[[FrozenJob], dict[str, int]] = lambda job: {}
 
 
 @contextlib.contextmanager
-def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str,
-                 begun: FrozenJob | None = None) -> Iterator[ChosenBoxes]:
+def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str, begun: FrozenJob | None = None, *,
+                 reused: FrozenJob | None = None, whole: bool = True) -> Iterator[ChosenBoxes]:
     """Who makes the boxes of a run over this input (`source`) into this output; `begun`: the run that stands there.
 
-    Files whose state is the one that `begun` was begun with are not read again.
+    reused  the run whose rows are copied: what `auto` means is what it meant there
+    whole   the plan has the whole input
+
+    Files whose state is the one that `begun` was begun with are not read again, and once it has kept its boxes, files
+    that are gone are not missed.
     Refuses (ConfigError) a choice that this input can't serve: annotated boxes without annotations, boxes by image_id
     without a shard dataset that has image ids, `detect` without a detector and the reverse.
     """
@@ -93,7 +107,7 @@ def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str,
         raise ConfigError("--boxes detect needs --detector FILE, an ONNX file with YOLOX's layout." if
                           asked.detector is None else "--detector is for --boxes detect: give both, or neither.")
     if asked.boxes == DETECT:
-        yield _chosen_detector(asked, output, begun)
+        yield _chosen_detector(asked, output, begun, reused)
         return
     if asked.boxes == WHOLE_IMAGE:
         yield ChosenBoxes(BoxChoice(WHOLE_IMAGE))
@@ -102,12 +116,16 @@ def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str,
     if asked.boxes in (None, ANNOTATED):
         yield _chosen_annotations(asked, source, annotations)
         return
-    files = find_box_files(str(asked.boxes))
+    files = _files_unless_kept(str(asked.boxes), output, begun)
+    if files is None:
+        digest = begun.intent["boxes"]["digest"] if begun else None
+        yield ChosenBoxes(BoxChoice(DETECTIONS, digest, asked.min_box_score, asked.max_persons))
+        return
     if files.by != KEY and not annotations:
         raise ConfigError(f"--boxes {asked.boxes}: these boxes name pictures by image_id, which only a shard dataset "
                           "made with --annotations has. Give Parquet with a column `key`.")
     with contextlib.ExitStack() as resources:
-        yield _chosen_files(files, asked, source, output, begun, resources)
+        yield _chosen_files(files, asked, source, output, begun, resources, whole=whole)
 
 
 def unit_box_source(output: str, job: FrozenJob, unit: int, *,
@@ -166,53 +184,92 @@ def _annotations_sha256(source: dict[str, Any]) -> str | None:
 # --- a detector ---------------------------------------------------------------------------------------------------
 
 
-def _chosen_detector(asked: AskedBoxes, output: str, begun: FrozenJob | None) -> ChosenBoxes:
+def _chosen_detector(asked: AskedBoxes, output: str, begun: FrozenJob | None,
+                     reused: FrozenJob | None) -> ChosenBoxes:
     assert asked.detector is not None
     uri = storage.normalise(asked.detector)
-    try:
-        data = storage.read_object(uri)
-    except storage.ObjectMissing:
-        raise ConfigError(f"--detector {uri}: there is no such file.") from None
+    data = _detector_bytes(uri, output, begun)
     detector_input(data, source=uri)
     digest = hashlib.sha256(data).hexdigest()
-    frozen = {} if begun is None else begun.intent["boxes"]
-    backend = frozen.get("backend") if asked.detector_backend == "auto" else None
     settings = {"score": asked.detector_score, "nms": asked.detector_nms,
-                "backend": backend or choose_backend(asked.detector_backend)}
+                "backend": _detector_backend(asked.detector_backend, begun, reused)}
     choice = BoxChoice(DETECT, digest, asked.min_box_score, asked.max_persons, settings)
 
-    def freeze(job: FrozenJob) -> None:
+    def freeze(job: FrozenJob) -> dict[str, int]:
         storage.put_if_absent(detector_uri(output, digest), data)
+        return {}
 
     return ChosenBoxes(choice, {"detector": {"name": uri.rpartition("/")[2], "digest": digest}}, freeze)
+
+
+def _detector_bytes(uri: str, output: str, begun: FrozenJob | None) -> bytes:
+    """The detector's file; where it is gone, the one that the run was begun with and has kept, if it had that name."""
+    try:
+        return storage.read_object(uri)
+    except storage.ObjectMissing:
+        if begun is None or begun.about.get("detector", {}).get("name") != uri.rpartition("/")[2]:
+            raise ConfigError(f"--detector {uri}: there is no such file.") from None
+        logger.warning("--detector %s is gone; the run goes on with the one that it has kept", uri)
+        return storage.read_object(detector_uri(output, begun.intent["boxes"]["digest"]))
+
+
+def _detector_backend(asked: str, begun: FrozenJob | None, reused: FrozenJob | None) -> str:
+    """`auto` resolved: as the run was begun, else as the one whose rows are copied had it, else what is here."""
+    before, there = (one.intent["boxes"].get("backend") if one is not None and asked == "auto" else None
+                     for one in (begun, reused))
+    return str(before or choose_backend(there or asked))
 
 
 # --- files of boxes -----------------------------------------------------------------------------------------------
 
 
+def _files_unless_kept(asked: str, output: str, begun: FrozenJob | None) -> BoxFiles | None:
+    """The files with boxes; None where they are gone, and the run that was begun with them has kept what it needs."""
+    try:
+        return find_box_files(asked)
+    except ConfigError:
+        uri = storage.normalise(asked)
+        if (begun is None or begun.about.get("boxes", {}).get("uri") != uri
+                or not are_frozen(output, begun, begun.intent["boxes"]["digest"])):
+            raise
+        logger.warning("--boxes %s is gone; the run goes on with the boxes that it has kept", uri)
+        return None
+
+
 def _chosen_files(files: BoxFiles, asked: AskedBoxes, source: dict[str, Any], output: str, begun: FrozenJob | None,
-                  resources: contextlib.ExitStack) -> ChosenBoxes:
+                  resources: contextlib.ExitStack, *, whole: bool) -> ChosenBoxes:
     spread = functools.cache(lambda: _spread(files, resources))
     about = {} if begun is None else begun.about.get("boxes", {})
     unread = about.get("uri") == files.uri and about.get("state") == files.state()
     digest = begun.intent["boxes"]["digest"] if begun is not None and unread else spread()[1]
 
-    def freeze(job: FrozenJob) -> None:
+    def freeze(job: FrozenJob) -> dict[str, int]:
         if not are_frozen(output, job, digest):
-            freeze_boxes(output, job, digest, spread()[0], _planned_pictures(output, job, source, files.by))
+            freeze_boxes(output, job, digest, spread()[0], _planned_pictures(output, job, source, files.by),
+                         source=files.uri, whole=whole)
+        if begun is not None:
+            return {}
+        planned = count_frozen(output, job, digest)
+        return {"boxes_of_planned": planned, "boxes_of_unknown": len(spread()[0]) - planned}
 
     choice = BoxChoice(DETECTIONS, digest, asked.min_box_score, asked.max_persons)
     return ChosenBoxes(choice, {"boxes": {"uri": files.uri, "state": files.state()}}, freeze)
 
 
 def _spread(files: BoxFiles, resources: contextlib.ExitStack) -> tuple[SpreadBoxes, str]:
-    """All boxes of the files, and the digest of them."""
+    """All boxes of the files, and the digest of them: of a JSON that of its bytes."""
     if files.is_json:
-        data = storage.read_object(files.uri)
-        table = json_box_table(data, files.uri)
-        return resources.enter_context(SpreadBoxes([table])), hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256()
+        tables = json_box_tables(_noting(read_pieces(files.objects[0]), content), files.uri)
+        return resources.enter_context(SpreadBoxes(tables)), content.hexdigest()
     boxes = resources.enter_context(SpreadBoxes(read_box_tables(files)))
     return boxes, boxes.digest()
+
+
+def _noting(pieces: Iterable[bytes], content: "hashlib._Hash") -> Iterator[bytes]:
+    for piece in pieces:
+        content.update(piece)
+        yield piece
 
 
 def _planned_pictures(output: str, job: FrozenJob, source: dict[str, Any], by: str) -> Iterator[pa.Table]:

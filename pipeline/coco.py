@@ -7,11 +7,12 @@ at all is refused. Coordinates are the picture's own pixels, float64 exactly as 
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pipeline.errors import DataError
+from pipeline.json_array import iterate_array, refuse_constant
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton, skeleton_from_category
 
 PERSON_CATEGORY = 1  # COCO's id of "person", in results lists too
@@ -61,6 +62,7 @@ class Detection:
     """One box that a detector found; index is its place in the detections file."""
 
     index: int
+    image_id: int
     box_xywh: tuple[float, float, float, float]
     score: float
 
@@ -138,29 +140,22 @@ def coco_json(images: Iterable[AnnotatedImage], skeleton: Skeleton) -> dict[str,
     }
 
 
-def parse_detections(data: bytes, *, source: str) -> dict[int, list[Detection]]:
-    """The person boxes of a COCO results list, by image id, each picture's in the file's order.
+def parse_detections(pieces: Iterable[bytes], *, source: str) -> Iterator[Detection]:
+    """The person boxes of a COCO results list, in the file's order; the file comes in pieces, and isn't held.
 
     Entries of other categories than 1 are left out. No threshold, no suppression; boxes without extent stay.
     Refused with DataError, naming the entry: ids that aren't integers, boxes or scores that aren't finite.
     """
-    document = _load(data, source)
-    if not isinstance(document, list):
-        _refuse(
-            source,
-            f"is a JSON {type(document).__name__}, but detections are a list of objects with image_id, "
-            "category_id, bbox and score",
-            "An annotation file? Use it as annotations.",
-        )
-    found: dict[int, list[Detection]] = {}
-    for index, entry in enumerate(document):
+    for index, entry in enumerate(iterate_array(pieces, source=source, expected=DETECTIONS)):
         where = f"{source}: entry {index}"
         _require_object(entry, where)
-        if _integer(entry, "category_id", where) != PERSON_CATEGORY:
-            continue
-        detection = Detection(index, _box(entry, where), _number(entry, "score", where))
-        found.setdefault(_integer(entry, "image_id", where), []).append(detection)
-    return found
+        if _integer(entry, "category_id", where) == PERSON_CATEGORY:
+            image_id = _integer(entry, "image_id", where)
+            yield Detection(index, image_id, _box(entry, where), _number(entry, "score", where))
+
+
+DETECTIONS = ("detections are a list of objects with image_id, category_id, bbox and score (annotations are for shard "
+              "--annotations)")
 
 
 # The document
@@ -168,7 +163,7 @@ def parse_detections(data: bytes, *, source: str) -> dict[int, list[Detection]]:
 
 def _load(data: bytes, source: str) -> Any:
     try:
-        return json.loads(data, parse_constant=_refuse_constant, object_hook=_without_outlines)
+        return json.loads(data, parse_constant=refuse_constant, object_hook=_without_outlines)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{source}: not JSON: {error}. Expected a COCO file; {len(data)} bytes were read.") from None
 
@@ -180,10 +175,6 @@ def _without_outlines(entry: dict[str, Any]) -> dict[str, Any]:
     """
     entry.pop("segmentation", None)
     return entry
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON knows")
 
 
 def _entries(document: Entry, key: str, source: str) -> list[Entry]:

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.box_files import BOX_SCHEMA, SIDES
+from pipeline.errors import DataError
 from pipeline.hash_buckets import HASH, HashBuckets, Hashes, name_hashes
 from pipeline.rows import Boxes
-from pipeline.units import RESTORE, FrozenJob
+from pipeline.units import RESTORE, FrozenJob, part_footers
 
 logger = logging.getLogger("jobs.annotate")
 FOLDER = "_boxes"
@@ -94,22 +95,36 @@ def picture_hashes(pictures: pa.ChunkedArray) -> Hashes:
 
 def are_frozen(output: str, job: FrozenJob, digest: str) -> bool:
     """Whether the boxes of every unit are there."""
-    there = sum(1 for _ in storage.list_objects(_folder(output, job, digest)))
-    return there == -(-job.num_units // UNITS_PER_FILE)
+    there = sum(1 for _ in storage.list_objects(storage.join(output, _folder_name(job, digest))))
+    return there == _num_files(job)
 
 
-def freeze_boxes(output: str, job: FrozenJob, digest: str, boxes: SpreadBoxes, pictures: Iterable[pa.Table]) -> None:
+def freeze_boxes(output: str, job: FrozenJob, digest: str, boxes: SpreadBoxes, pictures: Iterable[pa.Table], *,
+                 source: str, whole: bool = True) -> None:
     """Write each unit's boxes, put if absent: the same bytes for the same boxes and plan.
 
     pictures  the plan's (PICTURE_SCHEMA): what the boxes call each one, its key, its unit
+    source    where the boxes come from, for messages
+    whole     the plan has the whole input: boxes of which none is of its pictures are refused then (DataError); of a
+              limited or sampled plan they are only told
     """
-    with HashBuckets(_PLACED_SCHEMA) as placed:
-        _place(boxes, pictures, placed, job.num_units)
+    with HashBuckets(_PLACED_SCHEMA) as placed, HashBuckets(PICTURE_SCHEMA) as planned:
+        for table in pictures:
+            planned.add(table, picture_hashes(table["picture"]))
+        _place(boxes, planned, placed, job.num_units)
         found = int(placed.rows.sum())
         logger.info("%d boxes are of planned pictures; %d are of pictures that aren't in the plan", found,
                     len(boxes) - found)
+        if len(boxes) and not found:
+            _tell_that_none_fits(source, boxes, planned, refuse=whole)
         for number, file in enumerate(_files(placed, job.num_units)):
             storage.put_if_absent(_file_uri(output, job, digest, number), file)
+
+
+def count_frozen(output: str, job: FrozenJob, digest: str) -> int:
+    """How many boxes are frozen, by the files' footers."""
+    names = (_file_name(number) for number in range(_num_files(job)))
+    return sum(footer.num_rows for footer in part_footers(output, _folder_name(job, digest), names))
 
 
 def read_unit_boxes(output: str, job: FrozenJob, digest: str, unit: int) -> dict[str, Boxes]:
@@ -125,24 +140,39 @@ def read_unit_boxes(output: str, job: FrozenJob, digest: str, unit: int) -> dict
     return {keys[a]: Boxes(ids[a:b], xywh[a:b], scores[a:b]) for a, b in zip(starts, ends, strict=True)}
 
 
-def _folder(output: str, job: FrozenJob, digest: str) -> str:
+def _folder_name(job: FrozenJob, digest: str) -> str:
     # by the plan too: two drivers may begin with different listings, and one plan wins
-    return storage.join(output, FOLDER, f"{digest[:16]}-{job.plan['digest'][:8]}")
+    return f"{FOLDER}/{digest[:16]}-{job.plan['digest'][:8]}"
+
+
+def _num_files(job: FrozenJob) -> int:
+    return -(-job.num_units // UNITS_PER_FILE)
+
+
+def _file_name(number: int) -> str:
+    return f"boxes-{number:07d}.parquet"
 
 
 def _file_uri(output: str, job: FrozenJob, digest: str, number: int) -> str:
-    return storage.join(_folder(output, job, digest), f"boxes-{number:07d}.parquet")
+    return storage.join(output, _folder_name(job, digest), _file_name(number))
 
 
-def _place(boxes: SpreadBoxes, pictures: Iterable[pa.Table], placed: HashBuckets, num_units: int) -> None:
+def _tell_that_none_fits(source: str, boxes: SpreadBoxes, planned: HashBuckets, *, refuse: bool) -> None:
+    box = boxes.bucket(boxes.numbers()[0])["picture"][0].as_py()
+    pictures = next((bucket["picture"] for bucket in planned if len(bucket)), None)
+    plan = "no planned picture has an image_id" if pictures is None else f"the plan has {pictures[0].as_py()!r}"
+    said = f"{source}: none of the {len(boxes)} boxes is of a planned picture: they are of {box!r}, but {plan}."
+    if refuse:
+        raise DataError(f"{said} Name pictures as the column `key` (or image_id) does; --boxes whole-image needs none.")
+    logger.warning("%s That may be so in a part of the input; if not, spell them alike.", said)
+
+
+def _place(boxes: SpreadBoxes, planned: HashBuckets, placed: HashBuckets, num_units: int) -> None:
     """Join boxes and pictures bucket by bucket, and spread what belongs together by its unit."""
-    with HashBuckets(PICTURE_SCHEMA) as planned:
-        for table in pictures:
-            planned.add(table, picture_hashes(table["picture"]))
-        for number in boxes.numbers():
-            there = planned.read(number, number + 1).drop_columns([HASH])
-            joined = boxes.bucket(number).join(there, "picture", join_type="inner").select(_PLACED_SCHEMA.names)
-            placed.add(joined, _unit_hashes(joined["unit"].to_numpy(), num_units))
+    for number in boxes.numbers():
+        there = planned.read(number, number + 1).drop_columns([HASH])
+        joined = boxes.bucket(number).join(there, "picture", join_type="inner").select(_PLACED_SCHEMA.names)
+        placed.add(joined, _unit_hashes(joined["unit"].to_numpy(), num_units))
 
 
 def _unit_hashes(units: np.ndarray[Any, Any], num_units: int) -> Hashes:

@@ -45,14 +45,17 @@ def read_list(uri: str) -> Iterator[pa.Table]:
 
 
 def read_keys(uri: str, *, flag: str) -> list[str]:
-    """The keys of a text file, one on each line, in their order. Refuses (ConfigError, by `flag`) one that isn't."""
+    """The keys of a text file, one on each line, in their order. Refuses (ConfigError, by `flag`) one that isn't.
+
+    A line ends with "\\n" or "\\r\\n" and with nothing else: all other characters may be a key's. Empty ones are none.
+    """
     try:
-        keys = storage.read_object(uri).decode().splitlines()
+        keys = storage.read_object(uri).decode("utf-8-sig").split("\n")
     except storage.ObjectMissing:
         raise ConfigError(f"{flag} {uri}: there is no such file. Expected keys, one on each line.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{flag} {uri}: not UTF-8 text. Expected keys, one on each line.") from None
-    return [key for key in keys if key]
+    return [key for key in (key.removesuffix("\r") for key in keys) if key]
 
 
 def _read_inventory(uri: str) -> Iterator[pa.Table]:

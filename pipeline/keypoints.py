@@ -52,12 +52,26 @@ def part_bytes(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, job:
     pose = {"version": ROW_VERSION, "counts": count_rows(pictures), "skeleton": skeleton.to_json(),
             "coordinate_frame": FRAME, "low_score": decoding.low_score,
             "scores": {"joint": decoding.score_meaning, "person": PERSON_SCORE}, "model": model, "job": job,
-            **({"detector": detector} if detector else {})}
+            **({"detector": detector} if detector else {}), **suppressed_json(pictures)}
     table = keypoint_table(pictures, skeleton, job=job)
     table = table.replace_schema_metadata({"pose": json.dumps(pose, sort_keys=True)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return bytes(sink.getvalue().to_pybytes())
+
+
+def suppressed_json(pictures: Iterable[AnnotatedPicture]) -> dict[str, Any]:
+    """What `pose` says of pictures of which persons were left out: by key, how many, and the digest of all boxes, by
+    which a later run knows whether they are still the same. {} where there are none; `with_suppressed` reads it."""
+    found = {picture.picture["key"]: {"persons": picture.suppressed, "boxes": picture.digest_before}
+             for picture in pictures if picture.suppressed}
+    return {"suppressed": found} if found else {}
+
+
+def with_suppressed(picture: AnnotatedPicture, pose: dict[str, Any]) -> AnnotatedPicture:
+    """A picture of a part's rows with what the part's metadata says of the persons that were left out."""
+    found = pose.get("suppressed", {}).get(picture.picture["key"])
+    return replace(picture, suppressed=found["persons"], digest_before=found["boxes"]) if found else picture
 
 
 def pose_metadata(footer: pq.FileMetaData) -> dict[str, Any]:

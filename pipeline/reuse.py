@@ -6,6 +6,7 @@ boxes are the same is decided picture by picture (`annotation`); here is what is
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import keypoints, storage
+from pipeline.annotation_input import LIST
 from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
 from pipeline.hash_buckets import Hashes, name_hashes
@@ -25,10 +27,17 @@ MAY_DIFFER = frozenset({"limit", "pictures_per_unit", "boxes"})
 
 
 class EarlierPictures:
-    """The rows of an earlier output, read part by part as units ask for them."""
+    """The rows of an earlier output, read part by part as units ask for them.
 
-    def __init__(self, output: str) -> None:
+    source  the input of the run that asks. Of another place's objects an etag says nothing (on a disk it is size and
+            time alone): pictures from there come without theirs, so that their bytes decide.
+    """
+
+    def __init__(self, output: str, source: Mapping[str, Any]) -> None:
         self.output = output
+        earlier = open_earlier(output).input
+        self.lists = earlier["kind"] == source["kind"] == LIST
+        self.same_place = (earlier["kind"], earlier["uri"]) == (source["kind"], source["uri"])
 
     def of_parts(self, names: Iterable[str]) -> dict[str, AnnotatedPicture]:
         """By key, what became of each picture of these parts."""
@@ -36,26 +45,37 @@ class EarlierPictures:
         for name in names:
             data = storage.read_object(storage.join(self.output, keypoints.FOLDER, name))
             table = pq.read_table(pa.BufferReader(data))
-            skeleton = Skeleton.from_json(json.loads(table.schema.metadata[b"pose"])["skeleton"])
-            found |= {picture.picture["key"]: picture for picture in pictures_of_table(table, skeleton)}
+            pose = json.loads(table.schema.metadata[b"pose"])
+            pictures = pictures_of_table(table, Skeleton.from_json(pose["skeleton"]))
+            found |= {picture.picture["key"]: self._comparable(keypoints.with_suppressed(picture, pose))
+                      for picture in pictures}
         return found
 
+    def _comparable(self, picture: AnnotatedPicture) -> AnnotatedPicture:
+        same = _is_whole(picture.picture["key"]) if self.lists else self.same_place
+        return picture if same else replace(picture, picture=picture.picture | {"etag": None})
 
-def open_earlier(output: str, intent: Mapping[str, Any]) -> FrozenJob:
-    """The run at `output`, whose rows a run of this intent may copy.
 
-    Refuses (ConfigError) a place without a run, and one whose rows were computed otherwise, with the differences.
-    """
+def _is_whole(uri: str) -> bool:
+    return storage.is_remote(uri) or uri.startswith("/")  # a relative path is another file elsewhere
+
+
+def open_earlier(output: str) -> FrozenJob:
+    """The run at `output`. Refuses (ConfigError) a place without one."""
     job = open_job(output)
     if job is None:
         raise ConfigError(f"--reuse {output}: no annotate run was begun there. Give the --output of one.")
+    return job
+
+
+def refuse_computed_otherwise(output: str, job: FrozenJob, intent: Mapping[str, Any]) -> None:
+    """Refuse (ConfigError) to copy rows of `job`, at `output`, into a run of another intent, with the differences."""
     before, now = _comparable(job.intent), _comparable(intent)
     differences = [f"  {name}: {json.dumps(before.get(name))} there, now {json.dumps(now.get(name))}"
                    for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differences:
         raise ConfigError(f"--reuse {output}: none of its rows can be copied, since they were computed otherwise:\n"
                           + "\n".join(differences) + "\nRepeat its settings, or leave --reuse out.")
-    return job
 
 
 def _comparable(intent: Mapping[str, Any]) -> dict[str, Any]:

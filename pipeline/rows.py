@@ -4,6 +4,7 @@ Coordinates are pixels of the stored picture after its EXIF orientation, x to th
 integers. What does not exist is NULL, never NaN or 0.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,11 @@ class Boxes:
         """No person."""
         return Boxes(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
 
+    def digest(self) -> str:
+        """The first 16 hex digits of the SHA-256 over ids, sides and scores in their order."""
+        values = ((self.ids, "<i8"), (self.xywh, "<f8"), (self.scores, "<f8"))
+        return hashlib.sha256(b"".join(one.astype(kind).tobytes() for one, kind in values)).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class AnnotatedPicture:
@@ -68,6 +74,7 @@ class AnnotatedPicture:
     joint_scores: np.ndarray[Any, Any] | None = None
     boxes_refused: int = 0
     suppressed: int = 0  # persons left out beside a better one of nearly the same pose
+    digest_before: str | None = None  # of the boxes with those of the persons that were left out
     reused: bool = False  # copied from an earlier run's output
 
 
@@ -107,8 +114,8 @@ def keypoint_table(pictures: Sequence[AnnotatedPicture], skeleton: Skeleton, *, 
 
 
 def pictures_of_table(table: pa.Table, skeleton: Skeleton) -> Iterator[AnnotatedPicture]:
-    """The inverse of `keypoint_table`, from rows sorted as it sorts them; `boxes_refused` and `suppressed`
-    aren't in rows, and are 0."""
+    """The inverse of `keypoint_table`, from rows sorted as it sorts them; what isn't in rows (`boxes_refused`,
+    `suppressed`, `digest_before`) has its default."""
     fixed = table.select([name for name, _ in KEYPOINT_FIXED]).to_pylist()
     joints = np.stack([table[name].to_numpy().astype(np.float32) for name in joint_columns(skeleton)], -1)
     joints = joints.reshape(len(fixed), skeleton.num_joints, 3)

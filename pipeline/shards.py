@@ -244,7 +244,10 @@ def _streamed_rows(dataset: ShardDataset, part: ShardPart, file: pq.ParquetFile,
 
 def _checked_part(dataset: ShardDataset, part: ShardPart) -> pa.BufferReader:
     uri = storage.join(dataset.uri, FOLDER, part.name)
-    data = storage.read_object(uri, own_sha256=False)
+    try:
+        data = storage.read_object(uri, own_sha256=False)
+    except storage.ABOUT_THE_OBJECT as error:  # about a part, and so about none of its pictures
+        raise DataError(f"{uri} can't be read ({error}). Restore the object, or shard again.") from None
     found = hashlib.sha256(data).hexdigest()
     if found != part.sha256:
         raise DataError(f"{uri} is damaged: its SHA-256 is {found[:16]}..., but {version_name(dataset.version)} says "

@@ -100,7 +100,7 @@ class UnitAnnotator:
                  reuse: str | None = None) -> None:
         self.output, self.job, self.decoder = output, job, decoder
         self.predictor = _open_predictor(output, job)
-        self.earlier = EarlierPictures(reuse) if reuse else None
+        self.earlier = EarlierPictures(reuse, job.input) if reuse else None
 
     def annotate(self, unit: int, earlier_parts: Sequence[str] = (),
                  opened: Mapping[str, Opened] = MappingProxyType({}),

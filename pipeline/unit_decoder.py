@@ -101,7 +101,7 @@ class UnitDecoder:
         self.spec = _read_spec(output)
         self.boxes = BoxChoice.of_intent(job.intent["boxes"])
         self.detector = _open_detector(output, self.boxes, job) if self.boxes.kind == DETECT else None
-        self.earlier = EarlierPictures(reuse) if reuse else None
+        self.earlier = EarlierPictures(reuse, job.input) if reuse else None
 
     def decode(self, unit: int, earlier_parts: Sequence[str] = (), *, careful: bool = False) -> DecodedUnit:
         """One unit; nothing of it if it is committed already. The arguments are as for `UnitAnnotator.annotate`."""

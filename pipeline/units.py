@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,13 +79,14 @@ def open_job(output: str, name: str = "_job.json") -> FrozenJob | None:
 def freeze_job(output: str, units: Iterable[pa.Table], *, input: dict[str, Any], intent: dict[str, Any],
                about: dict[str, Any] | None = None, dropped: pa.Table | None = None, name: str = "_job.json",
                units_per_file: int = UNITS_PER_PLAN_FILE, accept_winner: bool = True,
-               before_commit: Callable[[FrozenJob], None] = lambda job: None) -> FrozenJob:
+               before_commit: Callable[[FrozenJob], Mapping[str, Any]] = lambda job: {}) -> FrozenJob:
     """Write the plan, then `_job.json` if absent; the job that stands there afterwards, ours or an earlier winner's.
 
     units          for each unit its pictures: a table of PLAN_SCHEMA's columns but `unit`; what it lacks is NULL
     dropped        rows of an earlier version that no longer count: a table of text columns, part of the plan
     accept_winner  work from an earlier winner's plan, whatever it is; else another plan is refused (DataError)
-    before_commit  puts what else belongs to the job, once its plan stands and before the job does
+    before_commit  puts what else belongs to the job, once its plan stands and before the job does; what it gives back
+                   is added to `about`
 
     The plan goes through files in a temporary folder (TMPDIR), one in memory at a time: a place in the output has the
     digest in its name, which is known at the end.
@@ -96,7 +97,7 @@ def freeze_job(output: str, units: Iterable[pa.Table], *, input: dict[str, Any],
             storage.put_if_absent(_plan_uri(output, summary["digest"], path.name), path.read_bytes())
     digest = _digest({"plan": summary["digest"], "intent": intent})
     job = FrozenJob(digest, input, intent, summary, about or {})
-    before_commit(job)
+    job = replace(job, about={**job.about, **before_commit(job)})
     if not storage.put_if_absent(storage.join(output, name), json.dumps(job.to_json(), indent=1).encode()):
         winner = open_job(output, name)
         assert winner is not None

@@ -17,7 +17,7 @@ from pipeline import keypoints, unit_decoder
 from pipeline.boxes import unit_box_source
 from pipeline.config import AnnotateConfig, ShardConfig
 from pipeline.detection import Detector
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images import decode_picture
 from pipeline.prediction import Predictor
 from pipeline.units import open_job
@@ -95,6 +95,61 @@ def test_a_run_goes_on_without_reading_boxes_again_as_long_as_their_files_are_th
         annotate.run(asked)
 
 
+def test_a_run_goes_on_when_its_boxes_are_gone_and_it_has_kept_them(
+        world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copy(world / "boxes.parquet", tmp_path / "boxes.parquet")
+    asked = config(world, tmp_path / "out", boxes=str(tmp_path / "boxes.parquet"))
+    annotate.run(asked)
+    before = parts(tmp_path / "out")
+    lose_a_part(tmp_path / "out")
+    (tmp_path / "boxes.parquet").unlink()
+    annotate.run(asked)
+    assert parts(tmp_path / "out") == before
+    assert "boxes.parquet is gone; the run goes on" in caplog.text
+    with pytest.raises(ConfigError, match="boxes: begun with"):
+        annotate.run(asked.model_copy(update={"min_box_score": 0.5}))
+    with pytest.raises(ConfigError, match="nothing is there"):
+        annotate.run(asked.model_copy(update={"output": str(tmp_path / "other")}))
+
+
+def test_boxes_of_planned_and_of_unknown_pictures_are_counted(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_boxes(tmp_path / "b.parquet", ["000001.jpg", "000003.jpg", "nobody.jpg"])
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(annotate, "record_run", lambda *_, counts, **more: told.update(counts))
+    result = annotate.run(config(world, tmp_path / "out", boxes=str(tmp_path / "b.parquet")))
+    assert result["given"] == {"boxes_of_planned": 4, "boxes_of_unknown": 2}
+    assert told["given"] == result["given"] == open_job(str(tmp_path / "out")).about["given"]  # type: ignore[union-attr]
+    assert annotate.run(config(world, tmp_path / "out", boxes=str(tmp_path / "b.parquet")))["given"] == result["given"]
+
+
+def test_boxes_that_were_frozen_by_a_driver_that_died_are_counted_all_the_same(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(world, tmp_path / "out")
+    annotate.run(asked)
+    (tmp_path / "out" / "_job.json").unlink()
+    monkeypatch.setattr(box_module, "freeze_boxes", None)
+    assert annotate.run(asked)["given"] == {"boxes_of_planned": 12, "boxes_of_unknown": 0}
+
+
+def test_boxes_of_which_none_is_of_a_planned_picture_are_refused_with_an_example_of_each(
+        world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_boxes(tmp_path / "b.parquet", ["images/000001.jpg"])
+    asked = config(world, tmp_path / "out", boxes=str(tmp_path / "b.parquet"))
+    with pytest.raises(DataError, match=r"b\.parquet: none of the 2 boxes .*'images/000001\.jpg'.*'00000\d\.jpg'"):
+        annotate.run(asked)
+    assert not (tmp_path / "out" / "_job.json").exists()
+    result = annotate.run(asked.model_copy(update={"limit": 1}))  # boxes may well be of others
+    assert result["counts"]["no_person"] == 1
+    assert "none of the 2 boxes" in caplog.text
+
+
+def test_no_box_at_all_says_that_nobody_is_there(world: Path, tmp_path: Path) -> None:
+    write_boxes(tmp_path / "b.parquet", [])
+    result = annotate.run(config(world, tmp_path / "out", boxes=str(tmp_path / "b.parquet")))
+    assert (result["counts"]["no_person"], result["given"]) == (6, {"boxes_of_planned": 0, "boxes_of_unknown": 0})
+
+
 def test_a_run_that_was_begun_before_boxes_were_kept_by_unit_goes_on(world: Path, tmp_path: Path) -> None:
     shard.run(ShardConfig(images=str(world / "in" / "images"), annotations=str(world / "in" / "annotations.json"),
                           output=str(tmp_path / "shards"), images_per_shard=4, tracking=NO_TRACKING))
@@ -140,6 +195,14 @@ def test_each_detection_is_a_row_and_the_metadata_names_the_detector(
     assert metadata.json["detector"] == {"name": "detector.onnx", "digest": digest}
     assert (output / "_detector" / f"{digest[:16]}.onnx").read_bytes() == detector_bytes()
     assert open_output(str(output)).findings == ()
+
+
+def test_a_run_goes_on_with_the_detector_that_it_has_kept(
+        world: Path, detected: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    again = annotate.run(detecting(world, detected[0], detector=str(tmp_path / "gone" / "detector.onnx")))
+    assert (again["units_annotated"], again["digest"]) == (0, detected[1]["digest"])
+    with pytest.raises(ConfigError, match="no such file"):
+        annotate.run(detecting(world, detected[0], detector=str(tmp_path / "gone" / "another.onnx")))
 
 
 @pytest.mark.parametrize("settings", [{"detector_score": 0.4}, {"detector_nms": 0.5}, {"boxes": "whole-image"}])

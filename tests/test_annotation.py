@@ -108,6 +108,22 @@ def test_a_picture_with_only_such_boxes_is_rejected(predictor: Predictor) -> Non
     assert (picture.status, picture.reason) == (REJECTED, "bad_boxes")
 
 
+@pytest.mark.parametrize("box", [
+    (0, 0, 1e39, 1e39), (0, 0, 1.7e308, 5), (-1e300, -1e300, 1e301, 1e301), (-2e6, 0, 2.1e6, 50), (5, 5, 1e-300, 50)])
+def test_a_box_beyond_all_pictures_or_of_next_to_no_size_is_refused(
+        predictor: Predictor, box: tuple[float, ...]) -> None:
+    picture = annotate(predictor, task("a", boxes(box, (10, 10, 50, 90))))[0]
+    assert (picture.boxes.ids.tolist(), picture.boxes_refused) == ([1], 1)
+
+
+@pytest.mark.parametrize("box", [(-9e5, -9e5, 1e6, 1e6), (5, 5, 1e6, 1e-3)])
+def test_boxes_at_the_bounds_have_joints_in_numbers(predictor: Predictor, box: tuple[float, ...]) -> None:
+    picture = annotate(predictor, task("a", boxes(box)))[0]
+    assert picture.joints_xy is not None
+    assert np.isfinite(picture.joints_xy).all()
+    assert np.isfinite(picture.joint_scores).all()
+
+
 def test_a_box_that_reaches_over_the_border_is_kept_as_it_is() -> None:
     over = boxes((-5, -5, 20, 20))
     assert usable_boxes(over, 10, 10).xywh.tolist() == [[-5, -5, 20, 20]]

@@ -1,6 +1,7 @@
 """Who makes the boxes: what a choice is refused for, boxes from files, and what of them is frozen where."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.box_files import find_box_files, json_box_table, read_box_tables
+from pipeline.box_files import find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.boxes import AskedBoxes, choose_boxes, unit_box_source
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, ObjectChanged
 from pipeline.frozen_boxes import SpreadBoxes, read_unit_boxes
+from pipeline.storage import put_if_absent
 from pipeline.units import FrozenJob, freeze_job
 
 PREFIX = {"kind": "prefix", "uri": "/pictures"}
@@ -167,7 +169,43 @@ def test_files_that_name_pictures_in_different_ways_are_refused(tmp_path: Path) 
 def test_detections_of_a_json_keep_their_place_in_the_file_as_id_and_order(tmp_path: Path) -> None:
     rows = [{"image_id": 7, "bbox": [1, 2, 3, 4], "score": 0.2}, {"image_id": 3, "bbox": [0, 0, 9, 9], "score": 0.9},
             {"image_id": 7, "bbox": [5, 6, 7, 8], "score": 0.8}]
-    (tmp_path / "d.json").write_text(json.dumps([{"category_id": 1, **row} for row in rows]))
-    with SpreadBoxes([json_box_table((tmp_path / "d.json").read_bytes(), "d.json")]) as boxes:
+    data = json.dumps([{"category_id": 1, **row} for row in rows]).encode()
+    with SpreadBoxes(json_box_tables([data[:60], data[60:]], "d.json")) as boxes:
         found = [row for number in boxes.numbers() for row in boxes.bucket(number).to_pylist() if row["picture"] == "7"]
     assert [(row["box_id"], row["x"], row["score"]) for row in found] == [(0, 1.0, 0.2), (2, 5.0, 0.8)]
+
+
+def test_a_json_is_read_only_as_far_as_its_boxes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.box_files.JSON_ROWS_AT_ONCE", 10)
+    entry = json.dumps({"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5})
+    taken: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(1000):
+            taken.append(number)
+            yield f"{',' if number else '['}{entry}".encode()
+
+    assert len(next(json_box_tables(pieces(), "d.json"))) == 10
+    assert len(taken) < 15
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 25])
+def test_a_bucket_gives_the_pieces_of_an_object_that_make_it_whole(
+        bucket: str, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("pipeline.box_files.BYTES_AT_ONCE", 10)
+    data = bytes(range(size))
+    put_if_absent(f"{bucket}/{size}.json", data)
+    pieces = list(read_pieces(find_box_files(f"{bucket}/{size}.json").objects[0]))
+    assert b"".join(pieces) == data
+    assert len(pieces) == -(-size // 10)
+
+
+def test_a_json_that_becomes_another_one_while_it_is_read_is_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.box_files.BYTES_AT_ONCE", 10)
+    (tmp_path / "d.json").write_text("[1, 2, 3, 4, 5, 6]")
+    pieces = read_pieces(find_box_files(str(tmp_path / "d.json")).objects[0])
+    next(pieces)
+    (tmp_path / "d.json").write_text("[1, 2, 3, 4, 5, 6, 7]")
+    with pytest.raises(ObjectChanged):
+        next(pieces)

@@ -243,17 +243,18 @@ def test_real_files_give_the_numbers_that_are_known_of_them_and_come_back(
     assert parse_annotations(written, source="again").images == found.images
 
 
-def test_detections_are_grouped_by_picture_with_their_place_in_the_file() -> None:
+def test_detections_have_their_picture_and_their_place_in_the_file() -> None:
     entries = [
         {"image_id": 2, "category_id": 1, "bbox": [0, 1, 2.5, 3], "score": 0.5},
         {"image_id": 2, "category_id": 18, "bbox": [0, 1, 2, 3], "score": 0.9},
         {"image_id": 1, "category_id": 1, "bbox": [4, 5, 6, 7], "score": 1},
         {"image_id": 2, "category_id": 1, "bbox": [0, 0, 0, 0], "score": 0.0},
     ]
-    assert parse_detections(json.dumps(entries).encode(), source="d.json") == {
-        2: [Detection(0, (0.0, 1.0, 2.5, 3.0), 0.5), Detection(3, (0.0, 0.0, 0.0, 0.0), 0.0)],
-        1: [Detection(2, (4.0, 5.0, 6.0, 7.0), 1.0)],
-    }
+    assert list(parse_detections([json.dumps(entries).encode()], source="d.json")) == [
+        Detection(0, 2, (0.0, 1.0, 2.5, 3.0), 0.5),
+        Detection(2, 1, (4.0, 5.0, 6.0, 7.0), 1.0),
+        Detection(3, 2, (0.0, 0.0, 0.0, 0.0), 0.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -268,12 +269,12 @@ def test_detections_are_grouped_by_picture_with_their_place_in_the_file() -> Non
 )
 def test_a_detection_of_another_form_is_refused_by_its_place(entry: object, message: str) -> None:
     with pytest.raises(DataError, match=f"^d.json: {message}"):
-        parse_detections(json.dumps([entry]).encode(), source="d.json")
+        list(parse_detections([json.dumps([entry]).encode()], source="d.json"))
 
 
 def test_an_annotation_file_in_place_of_detections_is_refused() -> None:
     with pytest.raises(DataError, match="detections are a list"):
-        parse_detections(document(), source="d.json")
+        list(parse_detections([document()], source="d.json"))
 
 
 # Files that are broken, at scale, or found elsewhere

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import inventory
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.storage import put_if_absent
 
 
@@ -108,3 +108,23 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, values: dict[str, Any]) -> 
 def test_a_list_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such list"):
         read(str(tmp_path / "none.csv"))
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_keys_are_the_lines_of_a_file_whatever_they_hold(tmp_path: Path, end: str, mark: str) -> None:
+    # U+0085, U+2028 and form feed end a line for `splitlines`, and are a key's for an object store
+    keys = ["a\x85b.jpg", " c\u2028d.jpg ", "e\x0cf.jpg", "plain.jpg"]
+    (tmp_path / "keys.txt").write_bytes((mark + end.join(["", *keys, "", ""])).encode())
+    assert inventory.read_keys(str(tmp_path / "keys.txt"), flag="--exclude") == keys
+
+
+@pytest.mark.parametrize(("data", "says"), [(None, "no such file"), (b"\xff", "not UTF-8")])
+def test_a_file_without_keys_is_refused_by_its_flag(tmp_path: Path, data: bytes | None, says: str) -> None:
+    if data:
+        (tmp_path / "keys.txt").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"--exclude {tmp_path}/keys.txt: .*{says}"):
+        inventory.read_keys(str(tmp_path / "keys.txt"), flag="--exclude")
