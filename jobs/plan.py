@@ -29,9 +29,9 @@ from pipeline.annotation_seal import count_parts
 from pipeline.config import AnnotateConfig, AnnotationConfig, PlanConfig, locations
 from pipeline.forecast import Measured, Prediction, Whole, annotating_s, costs, decoding_s, predict
 from pipeline.model_reference import find_model
-from pipeline.reuse import KnownPictures, earlier_parts, open_earlier
+from pipeline.reuse import KnownPictures, earlier_parts
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
-from pipeline.units import FrozenJob
+from pipeline.units import FrozenJob, open_job
 
 logger = logging.getLogger("jobs.plan")
 SLICES_FOR_AN_ACTOR = 4  # so that what one actor gets by chance weighs little
@@ -143,7 +143,8 @@ def _tasks(scratch: str, job: FrozenJob, sampling: Sampling) -> list[UnitTask]:
     first_copied = job.num_units - sampling.num_copied
     tasks = [UnitTask(unit) for unit in range(first_copied)]
     if sampling.num_copied and sampling.reuse is not None:
-        earlier = open_earlier(sampling.reuse, job.intent)
+        earlier = open_job(sampling.reuse)
+        assert earlier is not None
         tasks += [UnitTask(unit, tuple(parts)) for unit, parts in earlier_parts(
             sampling.reuse, earlier, scratch, job, range(first_copied, job.num_units))]
     return tasks

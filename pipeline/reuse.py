@@ -84,8 +84,9 @@ def earlier_parts(earlier_output: str, earlier: FrozenJob, output: str, job: Fro
 class KnownPictures:
     """Which planned pictures an earlier run has committed, as far as plans tell: for a forecast, before any is read.
 
-    Boxes are not looked at. 8 bytes of memory for each of its pictures, and 8 more where it knew their SHA-256.
-    `num_changeable`: how many of them were rejected for a reason that can change; 0 until that run has ended.
+    Boxes are not looked at, and a picture that only its bytes would show to be the same isn't known. 8 bytes of memory
+    for each of its pictures, and 8 more where it knew their SHA-256. `num_changeable`: how many of them were rejected
+    for a reason that can change; 0 until that run has ended.
     """
 
     def __init__(self, output: str) -> None:

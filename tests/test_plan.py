@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,18 +140,19 @@ def test_an_empty_input_is_refused(tmp_path: Path) -> None:
 # --- --reuse and --exclude ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def grown(tmp_path: Path) -> dict[str, Any]:
-    """What is asked of an input of 12 pictures, of which 8 were annotated before it grew: `old`."""
-    pictures = write_pictures(tmp_path / "in", count=12) / "images"
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory, without_ray: None) -> dict[str, Any]:
+    """What is asked of an input of 12 pictures, of which the first 8 were annotated before it grew."""
+    folder = tmp_path_factory.mktemp("grown")
+    pictures = write_pictures(folder / "in", count=12) / "images"
     for path in sorted(pictures.iterdir())[8:]:
-        path.rename(tmp_path / path.name)
-    asked = {"input": str(pictures), "model": str(write_tiny_model(tmp_path / "model")), "boxes": "whole-image",
+        path.rename(folder / path.name)
+    asked = {"input": str(pictures), "model": str(write_tiny_model(folder / "model")), "boxes": "whole-image",
              "pictures_per_unit": 3, "tracking": NO_TRACKING}
-    annotate.run(AnnotateConfig(**asked, output=str(tmp_path / "old")))
-    for path in tmp_path.glob("*.jpg"):
+    annotate.run(AnnotateConfig(**asked, output=str(folder / "old")))
+    for path in folder.glob("*.jpg"):
         path.rename(pictures / path.name)
-    return {**asked, "reuse": str(tmp_path / "old")}
+    return {**asked, "reuse": str(folder / "old")}
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -165,10 +167,11 @@ def test_of_a_grown_input_what_is_left_to_compute_is_predicted(
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_changed_picture_is_to_be_computed(grown: dict[str, Any]) -> None:
-    changed = min(Path(grown["input"]).iterdir())
+def test_a_changed_picture_is_to_be_computed(grown: dict[str, Any], tmp_path: Path) -> None:
+    pictures = Path(shutil.copytree(grown["input"], tmp_path / "in"))
+    changed = min(pictures.iterdir())
     changed.write_bytes(changed.read_bytes() + b"more")
-    assert plan.run(PlanConfig(**grown))["whole"]["copied"] == 7
+    assert plan.run(PlanConfig(**{**grown, "input": str(pictures)}))["whole"]["copied"] == 7
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -185,11 +188,12 @@ def test_where_nothing_is_left_to_compute_copying_is_all_that_costs(
 
 @pytest.mark.usefixtures("without_ray")
 def test_rejects_that_can_change_are_to_be_computed(grown: dict[str, Any], tmp_path: Path) -> None:
+    old = shutil.copytree(grown["reuse"], tmp_path / "old")
     success = tmp_path / "old" / "_SUCCESS"
     values = json.loads(success.read_text())
     values["counts"]["reasons"] = {"missing": 2, "corrupt": 1}
     success.write_text(json.dumps(values))
-    assert plan.run(PlanConfig(**grown))["whole"]["copied"] == 6
+    assert plan.run(PlanConfig(**{**grown, "reuse": str(old)}))["whole"]["copied"] == 6
 
 
 @pytest.mark.usefixtures("without_ray")
