@@ -71,6 +71,8 @@ JOBS = {
         "model": "as of annotate",
         "boxes": "as of annotate",
         "detector": "as of annotate",
+        "reuse": "as of annotate: what would be copied is priced as copying",
+        "exclude": "as of annotate",
         "price-per-node-hour": "what an hour of one node costs",
         "limit": "only the first N pictures"}),
     "status": Job("status", settings.StatusConfig, "how far a run is, from its output alone", {

@@ -5,6 +5,7 @@ missing, whatever ended the run before.
 """
 
 import dataclasses
+import json
 import logging
 import random
 import tempfile
@@ -60,6 +61,8 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
             if (counts := sealed_counts(config.output, job)) is not None:
                 _refuse_lost_parts(config.output, job)
                 logger.info("%s is complete; nothing was done", config.output)
+                if config.tracking.enabled and not storage.exists(_recorded(config.output, job)):
+                    _record(config, job, counts, {}, trained_by)  # who sealed it died before MLflow knew
                 return _result(config.output, job, counts, committed=0)
             done = _annotate_missing_units(config, job)
     counts = _seal(config, job)
@@ -75,9 +78,16 @@ def _record(config: AnnotateConfig, job: FrozenJob, counts: dict[str, Any], done
              "model_version": job.about["model"]["version"], "model_run_id": trained_by}
     speed = {name: done[name] for name in ("seconds", "persons_per_s", "pictures_per_s") if name in done}
     given = {"given": job.about.get("given", {})}
-    record_run(config.tracking, "annotate", counts=counts | speed | given, dataset=(config.output, job.digest),
-               read=(config.input, job.plan["digest"]),
-               params={"input": config.input, "output": config.output, **model, **job.intent})
+    run_id = record_run(config.tracking, "annotate", counts=counts | speed | given, dataset=(config.output, job.digest),
+                        read=(config.input, job.plan["digest"]),
+                        params={"input": config.input, "output": config.output, **model, **job.intent})
+    if run_id is not None:
+        storage.put_if_absent(_recorded(config.output, job), json.dumps({"version": 1, "run_id": run_id}).encode())
+
+
+def _recorded(output: str, job: FrozenJob) -> str:
+    """The object that says which MLflow run knows of the job."""
+    return storage.join(output, "_mlflow", f"{job.digest[:16]}.json")
 
 
 # --- freezing -----------------------------------------------------------------------------------------------------

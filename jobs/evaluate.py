@@ -29,7 +29,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         # under names of their own: a training run has an `ap` of its validation in the loop
         metrics = evaluation_metrics(evaluation) | joint_metrics(evaluation, metadata.skeleton)
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()})
-    about = {"keypoints": config.keypoints, "model": metadata.model, "run_id": tracked.run_id}
+    about = {"keypoints": config.keypoints, "complete": metadata.complete, "model": metadata.model,
+             "run_id": tracked.run_id}
     return _result(evaluation) | about
 
 

@@ -14,7 +14,10 @@ NOT_EXPORTED = ("etag", "sha256", "reason", "error", "job")  # half of what a ro
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
-    """Write the file; gives the numbers of pictures and persons, and where it is. An existing file is refused."""
+    """Write the file; gives the numbers of pictures and persons, where it is, and whether the dataset was complete.
+
+    An existing file is refused.
+    """
     refuse_unused(config.to, config.model_fields_set - {"keypoints", "to", "output"})
     config = locations(config, "keypoints", "output")
     if storage.exists(config.output):
@@ -30,7 +33,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     logger.info("%d persons in %d pictures written to %s (%s)", exported.persons, exported.pictures, config.output,
                 config.to)
     return {"output": config.output, "to": config.to, "pictures": exported.pictures, "persons": exported.persons,
-            "left_out": exported.left_out, "bytes": len(exported.data)}
+            "left_out": exported.left_out, "bytes": len(exported.data), "complete": metadata.complete}
 
 
 def _taken(output: str) -> ConfigError:

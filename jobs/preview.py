@@ -66,7 +66,8 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     record_run(config.tracking, "preview", counts={"pictures": len(images)},
                params={"keypoints": config.keypoints, "output": config.output, "seed": config.seed})
     return {"output": page_uri, "contact_sheet": sheet_uri, "pictures": len(images),
-            "not_readable": sum(map(len, cards.values())) - len(images), "rejected": len(refused)}
+            "not_readable": sum(map(len, cards.values())) - len(images), "rejected": len(refused),
+            "complete": parts.metadata.complete}
 
 
 def _refuse_existing(*uris: str) -> None:

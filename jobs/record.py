@@ -11,9 +11,9 @@ logger = logging.getLogger("jobs.record")
 
 
 def record_run(settings: TrackingConfig, name: str, *, params: Mapping[str, Any], counts: Mapping[str, Any],
-               dataset: tuple[str, str] | None = None, read: tuple[str, str] | None = None) -> None:
+               dataset: tuple[str, str] | None = None, read: tuple[str, str] | None = None) -> str | None:
     """One MLflow run with a job's settings, its counts (nested ones as `a.b`), and (uri, digest) of what it wrote
-    (`dataset`) and of what it read."""
+    (`dataset`) and of what it read. Its id; None where there is none: tracking is off, or MLflow isn't there."""
     try:
         with tracking.open_run(settings, name=name) as run:
             run.log_params(params)
@@ -22,8 +22,10 @@ def record_run(settings: TrackingConfig, name: str, *, params: Mapping[str, Any]
                 run.log_dataset("input", read[0], digest=read[1], context="input")
             if dataset is not None:
                 run.log_dataset(name, dataset[0], digest=dataset[1], context=name)
+        return run.run_id
     except (tracking.TrackingError, ValueError) as error:
         logger.warning("the run is not in MLflow: %s", error)
+        return None
 
 
 def _numbers(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from pipeline.config import StatusConfig, locations
-from pipeline.run_status import COMPLETE, RUNNING, RunStatus, run_status
+from pipeline.run_status import DAMAGED, STOPPED, RunStatus, run_status
 
 
 def run(config: StatusConfig) -> dict[str, Any]:
@@ -17,7 +17,8 @@ def run(config: StatusConfig) -> dict[str, Any]:
 
 def _lines(status: RunStatus) -> list[str]:
     share = status.done / status.units if status.units else 1.0
-    remedy = "" if status.state in (COMPLETE, RUNNING) else ": the same command continues it"
+    remedy = {STOPPED: ": the same command continues it", DAMAGED: ": it was complete, and parts are gone since; put "
+              "them back, or remove _SUCCESS and run the same command again, to make them"}.get(status.state, "")
     model = status.model or {}
     named = f", model {model['name']}{f' version {version}' if (version := model['version']) else ''}" if model else ""
     return [f"{status.output}",

@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.units import RESTORE, FrozenJob, refuse_if_begun_again, total_counts
 
 VERSION = 1
-SUCCESS = "_SUCCESS"
+SUCCESS = keypoints.SUCCESS
 PARTS_FOLDER = "_parts"
 PARTS_SCHEMA = pa.schema([("unit", pa.int32()), ("part", pa.string()), ("size", pa.int64()), ("sha256", pa.string())])
 

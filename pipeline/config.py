@@ -286,6 +286,8 @@ class PlanConfig(AnnotationConfig):
     price_per_node_hour: float | None = Field(None, ge=0)
     sample: int | None = Field(None, ge=1, description="pictures to measure on; default: 200 for each actor")
     scratch: str | None = Field(None, description="where the sample's output goes for a while; default: TMPDIR")
+    reuse: str | None = None
+    exclude: str | None = None
 
 
 class StatusConfig(Settings):

@@ -1,9 +1,11 @@
 """Keypoint datasets: a part written, its metadata read back, the whole read as one table or part by part.
 
-It knows the form of the output, and neither how rows are computed nor by whom.
+It knows the form of the output, and neither how rows are computed nor by whom. What is read are the parts that the
+frozen job names: another job's part among them would double persons.
 """
 
 import json
+import logging
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +20,11 @@ from pipeline.errors import DataError
 from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_table
-from pipeline.units import open_job, part_footers, total_counts
+from pipeline.units import FrozenJob, open_job, part_footers, total_counts
 
+logger = logging.getLogger("pipeline.keypoints")
 FOLDER = "keypoints"
+SUCCESS = "_SUCCESS"
 BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
 FRAME = "pixels of the stored picture after its EXIF orientation; x right, y down; pixel centres at integers"
 MEGVII = Decoding()
@@ -29,12 +33,16 @@ PERSON_SCORE = "box_score times the mean of the joints' scores"
 
 @dataclass(frozen=True)
 class KeypointMetadata:
-    """What a keypoint dataset says of itself. `json`: the parts' `pose` metadata, with the job's `input` added."""
+    """What a keypoint dataset says of itself. `json`: the parts' `pose` metadata, with the job's `input` added.
+
+    complete  whether the run has ended, and each unit's part is there
+    """
 
     skeleton: Skeleton
     counts: dict[str, Any]
     model: dict[str, Any]
     json: dict[str, Any]
+    complete: bool
 
     @property
     def low_score(self) -> float:
@@ -96,18 +104,37 @@ class KeypointParts:
 def open_keypoints(uri: str) -> KeypointParts:
     """The parts that are committed so far, from one listing; of them only the first one's footer is read.
 
+    What is no part of the job is left out, with a warning; there is one too where parts are missing.
     Refuses (DataError) a place without any part, and parts of a newer version.
     """
     uri = storage.normalise(uri)
     job = open_job(uri)
-    parts = list(storage.list_objects(storage.join(uri, FOLDER)))
+    listed = list(storage.list_objects(storage.join(uri, FOLDER)))
+    parts = [found for found in listed if job is not None and job.unit_of(found.name) is not None]
     if job is None or not parts:
         raise DataError(f"{uri} holds no keypoint dataset (expected _job.json and {FOLDER}/part-*.parquet). "
                         "Give the --output of an annotate run that has committed at least one unit.")
     first, _ = _stored_part(uri, parts[0].name, columns=[])
     metadata = KeypointMetadata(Skeleton.from_json(first["skeleton"]), first["counts"], first["model"],
-                                {**first, "input": job.input})
+                                {**first, "input": job.input}, complete=_is_complete(uri, job, len(parts)))
+    _warn_of_foreign(job, [found.uri for found in listed if job.unit_of(found.name) is None])
     return KeypointParts(uri, tuple(part.name for part in parts), max(part.size for part in parts), metadata)
+
+
+def _is_complete(uri: str, job: FrozenJob, num_parts: int) -> bool:
+    ended = storage.exists(storage.join(uri, SUCCESS))
+    if ended and num_parts == job.num_units:
+        return True
+    remedy = "`verify` names each that is gone." if ended else "The annotate command again goes on with it."
+    logger.warning("%s is not complete: %d of %d parts are there, %s %s. %s", uri, num_parts, job.num_units,
+                   "with" if ended else "without", SUCCESS, remedy)
+    return False
+
+
+def _warn_of_foreign(job: FrozenJob, foreign: Sequence[str]) -> None:
+    if foreign:
+        logger.warning("%s is no part of job %s, and is left out (%d such objects). `verify` names each: remove them, "
+                       "other readers take them for rows.", foreign[0], job.digest[:8], len(foreign))
 
 
 def read_parts(parts: KeypointParts, names: Iterable[str], columns: Sequence[str] | None = None,
@@ -139,7 +166,7 @@ def _stored_part(uri: str, name: str, columns: Sequence[str] | None) -> tuple[di
 def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:
     """The rows that are committed so far, sorted by (key, person_index), and what they say of themselves.
 
-    Columns that are named in `without` are not read. Refused as by `open_keypoints`.
+    Columns that are named in `without` are not read. Refused and warned of as by `open_keypoints`.
     """
     parts = open_keypoints(uri)
     filesystem, path = storage.arrow_filesystem(storage.join(parts.uri, FOLDER))

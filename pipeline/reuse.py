@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 
 from pipeline import keypoints, storage
 from pipeline.annotation_input import LIST
+from pipeline.annotation_seal import sealed_counts
 from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
 from pipeline.hash_buckets import Hashes, name_hashes
+from pipeline.images import REASONS
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import AnnotatedPicture, pictures_of_table
 from pipeline.units import FrozenJob, committed_units, open_job, read_units
@@ -97,6 +99,49 @@ def earlier_parts(earlier_output: str, earlier: FrozenJob, output: str, job: Fro
         first, last = np.searchsorted(hashes, wanted, "left"), np.searchsorted(hashes, wanted, "right")
         found = {int(home) for a, b in zip(first, last, strict=True) for home in homes[a:b]}
         yield unit, [earlier.part_name(home) for home in sorted(found)]
+
+
+class KnownPictures:
+    """Which planned pictures an earlier run has committed, as far as plans tell: for a forecast, before any is read.
+
+    Boxes are not looked at, and a picture that only its bytes would show to be the same isn't known. 8 bytes of memory
+    for each of its pictures, and 8 more where it knew their SHA-256. `num_changeable`: how many of them were rejected
+    for a reason that can change; 0 until that run has ended.
+    """
+
+    def __init__(self, output: str) -> None:
+        job = open_job(output)
+        assert job is not None
+        committed = sorted(committed_units(output, keypoints.FOLDER, job))
+        found: dict[str, list[Hashes]] = {name: [np.empty(0, np.uint64)] for name in ("sha256", "etag")}
+        for _, table in read_units(output, job, committed):
+            for name, hashes in found.items():
+                hashes.append(_identity_hashes(table.filter(table[name].is_valid()), name))
+        self._known = {name: np.sort(np.concatenate(hashes)) for name, hashes in found.items()}
+        reasons = (sealed_counts(output, job) or {}).get("reasons", {})
+        self.num_changeable = sum(count for reason, count in reasons.items() if REASONS[reason][1])
+
+    def among(self, planned: pa.Table) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool [n]: those of the same key, and of the same SHA-256 where both plans know it, else of the same ETag."""
+        by_sha256 = np.zeros(len(planned), bool)
+        if "sha256" in planned.column_names and len(self._known["sha256"]):
+            by_sha256 = np.asarray(planned["sha256"].is_valid().to_numpy(), bool)
+        known = np.zeros(len(planned), bool)
+        for name, which in (("sha256", by_sha256), ("etag", ~by_sha256)):
+            if which.any():
+                known[which] = _are_in(self._known[name], _identity_hashes(planned.filter(pa.array(which)), name))
+        return known
+
+
+def _identity_hashes(table: pa.Table, name: str) -> Hashes:
+    return name_hashes((f"{same} {key}" for same, key in zip(table[name].to_pylist(), table["key"].to_pylist(),
+                                                            strict=True)), 0)
+
+
+def _are_in(known: Hashes, wanted: Hashes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which of `wanted` are in `known`, which is sorted."""
+    places = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    return known[places] == wanted if len(known) else np.zeros(len(wanted), bool)
 
 
 def _homes(output: str, job: FrozenJob, units: Sequence[int]) -> tuple[Hashes, np.ndarray[Any, np.dtype[np.int32]]]:

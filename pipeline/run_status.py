@@ -12,7 +12,7 @@ from pipeline.shard_versions import job_name, open_version_job
 from pipeline.units import FrozenJob, committed_units, open_job, total_counts
 
 COUNTED_PARTS = 2000  # of more parts than this, so many are counted, and the rest is estimated
-COMPLETE, RUNNING, STOPPED = "complete", "running", "stopped"
+COMPLETE, RUNNING, STOPPED, DAMAGED = "complete", "running", "stopped", "damaged"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class RunStatus:
 
     kind       annotate or shard
     state      complete · running: a driver left a sign of life just now · stopped: none did; the same command
-               continues. `shard` leaves no signs, and so is never running
+               continues. `shard` leaves no signs, and so is never running · damaged: it was complete, and parts are
+               gone since
     units      planned; `done` of them are committed, and `pictures` is what the plan has in all
     counts     of the committed parts; `estimated`: from some of them
     drivers    their newest signs of life, alive or not
@@ -58,13 +59,14 @@ def run_status(output: str) -> RunStatus:
 
 def _annotate_status(output: str, job: FrozenJob) -> RunStatus:
     signs = signs_of_life(output)
-    counts, estimated = sealed_counts(output, job), False
-    complete = counts is not None
-    done = set(range(job.num_units)) if complete else committed_units(output, keypoints.FOLDER, job)
-    if counts is None:
+    sealed, estimated = sealed_counts(output, job), False
+    done = committed_units(output, keypoints.FOLDER, job)
+    if sealed is not None and len(done) == job.num_units:
+        state, counts = COMPLETE, sealed
+    else:
+        alive = any(sign.alive() for sign in signs)
+        state = DAMAGED if sealed is not None else RUNNING if alive else STOPPED
         counts, estimated = _count(output, job, sorted(done))
-    alive = any(sign.alive() for sign in signs)
-    state = COMPLETE if complete else RUNNING if alive else STOPPED
     return RunStatus("annotate", output, state, job.digest, job.num_units, len(done), int(job.plan["pictures"]),
                      counts, estimated, signs, job.about.get("model"))
 

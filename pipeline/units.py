@@ -58,6 +58,12 @@ class FrozenJob:
         """The object that commits a unit, such as `part-0000042-1f2e3d4c.parquet`."""
         return f"part-{unit:07d}-{self.digest[:8]}.parquet"
 
+    def unit_of(self, part: str) -> int | None:
+        """The inverse: the unit that an object of this name commits; None where it is no part of this job."""
+        match = _PART.fullmatch(part)
+        own = match is not None and match[2] == self.digest[:8] and int(match[1]) < self.num_units
+        return int(match[1]) if match is not None and own else None
+
     def to_json(self) -> dict[str, Any]:
         """What `_job.json` holds."""
         return {"version": VERSION, "digest": self.digest, "plan": self.plan, "intent": self.intent,
@@ -169,8 +175,8 @@ def committed_units(output: str, folder: str, job: FrozenJob, *, earlier: Iterab
     units = set()
     for found in storage.list_objects(storage.join(output, folder)):
         match = _PART.fullmatch(found.name)
-        if match and match[2] == job.digest[:8] and int(match[1]) < job.num_units:
-            units.add(int(match[1]))
+        if (unit := job.unit_of(found.name)) is not None:
+            units.add(unit)
         elif not match or match[2] not in known:
             raise DataError(f"{found.uri} is no part of job {job.digest[:8]}, whose output this is. "
                             "Move it elsewhere, or choose a new --output.")

@@ -13,7 +13,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.annotate_kills import KILLED, Bucket, Disk, Run, Started, World, open_bucket, prepare, unbroken
+from tests.annotate_kills import (
+    KILLED,
+    Bucket,
+    Disk,
+    Run,
+    Started,
+    World,
+    a_reader_polls,
+    open_bucket,
+    prepare,
+    unbroken,
+)
 from tests.kill_points import EndAt, EndInFlight, StopAt, do_nothing, end_at, stop_at, wait_until_stopped
 
 UNIT = "keypoints/part-0000005"
@@ -67,21 +78,25 @@ def wrong_of(claims: dict[str, bool]) -> list[str]:
 
 
 def several_drivers_begin_at_once(scene: Scene) -> list[str]:
-    started = [scene.start() for _ in range(DRIVERS)]
-    runs = [one.end() for one in started]
-    return wrong_of({"all succeed": [run.code for run in runs] == [0] * DRIVERS,
-                     f"the result is that of one: {runs[0].said}": scene.place.objects("out") == scene.judgement.whole})
+    with a_reader_polls(scene.place, "out", scene.judgement.whole) as seen:
+        started = [scene.start() for _ in range(DRIVERS)]
+        runs = [one.end() for one in started]
+    return seen.wrong + wrong_of({
+        "all succeed": [run.code for run in runs] == [0] * DRIVERS,
+        f"the result is that of one: {runs[0].said}": scene.place.objects("out") == scene.judgement.whole})
 
 
 def one_that_wakes_up_after_its_unit_was_committed_leaves_no_trace(scene: Scene) -> list[str]:
-    zombie = scene.stopped(("link", UNIT), ("HEAD", UNIT))
-    second = scene.start().end()
-    finished = scene.place.objects("out")
-    woken = wake(zombie)
-    return wrong_of({"the second finishes": second.code == 0 and finished == scene.judgement.whole,
-                     "the second warns": "another driver is at work here" in second.said,
-                     f"the zombie ends well: {woken.said}": woken.code == 0,
-                     "nothing has changed": scene.place.objects("out") == finished})
+    with a_reader_polls(scene.place, "out", scene.judgement.whole) as seen:
+        zombie = scene.stopped(("link", UNIT), ("HEAD", UNIT))
+        second = scene.start().end()
+        finished = scene.place.objects("out")
+        woken = wake(zombie)
+    return seen.wrong + wrong_of({
+        "the second finishes": second.code == 0 and finished == scene.judgement.whole,
+        "the second warns": "another driver is at work here" in second.said,
+        f"the zombie ends well: {woken.said}": woken.code == 0,
+        "nothing has changed": scene.place.objects("out") == finished})
 
 
 def _one_that_wakes_up_in_another_models_output(scene: Scene, on_disk: tuple[str, str]) -> list[str]:

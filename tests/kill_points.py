@@ -109,13 +109,17 @@ def stop_at(wanted: str, part: str) -> Step:
     return step
 
 
-def end_at_new(met: Path) -> Step:
-    """End this process at its first step at which none was ended before; `met` is a file with those."""
+def end_at_new(met: Path, *, units_alike: bool = False) -> Step:
+    """End this process at its first step at which none was ended before; `met` is a file with those.
+
+    units_alike  a step at one unit's part is that at another's
+    """
     known = set(met.read_text().splitlines())
+    kinds = set(map(_without_units, known))
 
     def step(name: str, path: str) -> None:
         label = f"{name} {_without_unique_names(path)}"
-        if label not in known:
+        if (_without_units(label) not in kinds) if units_alike else (label not in known):
             with met.open("a") as file:
                 file.write(f"{label}\n")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -125,6 +129,10 @@ def end_at_new(met: Path) -> Step:
 
 def _without_unique_names(path: str) -> str:
     return re.sub("[0-9a-f]{8,}", "unique", path)
+
+
+def _without_units(label: str) -> str:
+    return re.sub(r"/part-\d{7}-", "/part-", label)
 
 
 def watch_disk(step: Step, root: str) -> None:
@@ -230,6 +238,7 @@ class EndAtNew:
     process: int
     reads_too: bool  # also after those that change nothing
     met: list[tuple[str, str]] = field(default_factory=list)
+    units_alike: bool = False  # a request for one unit's part is that for another's
 
     def __call__(self, request: Logged) -> Fault | None:
         """The fault of this request."""
@@ -237,10 +246,16 @@ class EndAtNew:
         ends = [BEFORE, AFTER, LATE] if request.kind == "PUT" else [BEFORE, AFTER] if (
             request.kind == "DELETE" or self.reads_too) else [BEFORE]
         for when in ends:
-            if (label, when) not in self.met:
+            if not self._has_met(label, when):
                 self.met.append((label, when))
                 return end(self.process, when)
         return None
+
+
+    def _has_met(self, label: str, when: str) -> bool:
+        if not self.units_alike:
+            return (label, when) in self.met
+        return (_without_units(label), when) in {(_without_units(one), at) for one, at in self.met}
 
 
 @dataclass

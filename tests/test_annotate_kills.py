@@ -8,6 +8,7 @@ the request still on its way. `python -m tests.annotate_kills` does the same out
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.annotate_kills import Disk, Reader, World
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.timeout(900)
@@ -46,11 +48,12 @@ def begin(mode: str, folder: Path, server: S3Server, *options: str, program: str
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True), command)
 
 
-def nothing_is_wrong(harness: Harness, *, points: int) -> bool:
-    """Whether all of at least so many points are right; what isn't is said with the command that shows it again."""
+def nothing_is_wrong(harness: Harness, *, points: int, looks: int = 0) -> bool:
+    """Whether all of at least so many points are right, and a reader looked so often; what isn't right is said with the
+    command that shows it again."""
     found = harness.printed()
     assert not found["wrong"], "\n".join(["again: " + " ".join(harness.command[1:]), *found["wrong"]])
-    return bool(found["points"] >= points)
+    return bool(found["points"] >= points and found["looks"] >= looks)
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +69,53 @@ def both(tmp_path_factory: pytest.TempPathFactory, s3: S3Server) -> Iterator[dic
 
 
 def test_killed_at_each_step_on_a_disk_it_is_finished_by_the_runs_that_follow(both: dict[str, Harness]) -> None:
-    assert nothing_is_wrong(both["disk"], points=150)
+    assert nothing_is_wrong(both["disk"], points=185, looks=100)
 
 
 def test_killed_at_each_request_to_s3_it_is_finished_by_the_runs_that_follow(both: dict[str, Harness]) -> None:
-    assert nothing_is_wrong(both["s3"], points=100)
+    assert nothing_is_wrong(both["s3"], points=120, looks=100)
+
+
+WHOLE = {"_job.json": b"{}", "keypoints/part": b"all of it", "_SUCCESS": b"{}"}
+
+
+@pytest.mark.parametrize(("states", "wrong"), [
+    ([{"keypoints/part": b"all"}, {"keypoints/part": b"all of it"}], "it saw ['keypoints/part'], which no unbroken"),
+    ([{"keypoints/part": b"all of it"}, {"_job.json": b"{}"}], "it didn't see ['keypoints/part'] any more"),
+    ([{"keypoints/other": b"all of it"}], "it saw ['keypoints/other'], which no unbroken run has"),
+    ([{"_SUCCESS": b"{}"}, {"_SUCCESS": b"{}", "_job.json": b"{}"}], "it saw _SUCCESS before ['keypoints/part']")])
+def test_a_reader_that_polls_finds_what_none_may_see(
+        tmp_path: Path, states: list[dict[str, bytes]], wrong: str) -> None:
+    reader = Reader(Disk(tmp_path, World("in", "model")), "out", WHOLE)
+    for state in states:
+        write_state(tmp_path / "out", state)
+        reader.look()
+    assert len(reader.wrong) == 1
+    assert wrong in reader.wrong[0]
+
+
+def test_a_reader_that_polls_takes_no_offence_at_a_run_that_grows_and_at_its_temporaries(tmp_path: Path) -> None:
+    reader = Reader(Disk(tmp_path, World("in", "model")), "out", WHOLE)
+    for count in range(len(WHOLE) + 1):
+        temporaries = {"keypoints/.part-half": b"al", "_drivers/1.json": b"{", "_probe-1": b""}
+        write_state(tmp_path / "out", {**dict(list(WHOLE.items())[:count]), **temporaries})
+        reader.look()
+    assert (reader.looks, reader.wrong) == (4, [])
+
+
+def write_state(output: Path, files: dict[str, bytes]) -> None:
+    shutil.rmtree(output, ignore_errors=True)
+    for name, data in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(data)
 
 
 # requests to moto take their time: some of the points have to do here, and the harness itself does all of them
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "input_kind", "options", "points"), [
     ("disk", "in", "--workers 2", 200), ("disk", "shards", "--workers 2 --every 3", 60),
+    ("disk", "in", "--worlds files --workers 2 --every 4", 60), ("disk", "in", "--worlds detector --every 8", 30),
+    ("bucket", "in", "--worlds files --workers 2 --every 8", 50),
     ("bucket", "in", "--workers 2 --every 2", 150), ("bucket", "shards", "--workers 2 --every 4", 60),
     ("bucket-chain", "in", "--reads-too", 150), ("bucket-chain", "shards", "--reads-too", 150)])
 def test_killed_at_each_step_and_request_it_is_finished_by_the_next_run(

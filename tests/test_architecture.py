@@ -14,14 +14,20 @@ IMPORTERS = {"boto3": {"pipeline/storage_s3.py"}, "botocore": {"pipeline/storage
              "openvino": {"pipeline/model/inference.py"}}
 
 
-def imported_packages(path: Path) -> set[str]:
-    packages = set()
+def imported_modules(path: Path) -> set[str]:
+    """Each by its whole name; of `from package import name`, which may be a module too, `package.name`."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            packages.add(node.module.split(".")[0])
-    return packages
+            modules |= {f"{node.module}.{alias.name}" if node.module == "pipeline" else node.module
+                        for alias in node.names}
+    return modules
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_modules(path)}
 
 
 def importers(package: str) -> set[str]:
@@ -45,6 +51,13 @@ def test_pipeline_knows_neither_jobs_nor_cluster() -> None:
 
 def test_jobs_do_not_know_the_cluster() -> None:
     assert not [path for path in importers("cluster") if path.startswith("jobs/")]
+
+
+def test_what_verifies_shares_no_code_with_what_writes() -> None:
+    own = sorted((ROOT / "pipeline" / "verification").glob("*.py"))
+    shared = {name for path in own for name in imported_modules(path)
+              if name.startswith("pipeline.") and not name.startswith("pipeline.verification")}
+    assert shared == {"pipeline.storage", "pipeline.errors"}
 
 
 def test_geometry_needs_no_torch() -> None:

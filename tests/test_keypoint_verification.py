@@ -18,7 +18,9 @@ from jobs import annotate
 from pipeline import keypoints, rows, storage, units
 from pipeline.config import AnnotateConfig
 from pipeline.errors import DataError
+from pipeline.images import REASONS
 from pipeline.pose.skeleton import COCO17
+from pipeline.verification import counts as counted
 from pipeline.verification.finding import Finding
 from pipeline.verification.keypoint_output import is_keypoint_dataset, open_output
 from pipeline.verification.keypoint_part import KeypointPart, check_stored_keypoints
@@ -324,6 +326,7 @@ def test_numbers_of_the_plan_that_were_changed_are_named(tmp_path: Path, change:
     (lambda success: success["counts"].update(pictures=4), "counts"),
     (lambda success: success["counts"].update(persons=5), "counts"),
     (lambda success: success["counts"].update(boxes_refused=1), "counts"),
+    (lambda success: success["counts"].update(suppressed=1), "counts"),
     (lambda success: success["counts"].update(reasons={"truncated": 1}), "counts"),
     (lambda success: success["counts"].pop("ok"), "counts"),
     (lambda success: success.pop("counts"), "keys"),
@@ -424,6 +427,7 @@ def test_a_row_that_breaks_a_rule_is_named_with_the_rule(tmp_path: Path, unit: i
     (2, lambda rows: rows[0].update(etag="another"), {"plan"}),
     (0, lambda rows: rows[2].update(sha256="0" * 64), {"plan"}),
     (2, lambda rows: rows[0].update(status="fine"), {"row", "counts"}),
+    (1, lambda rows: rows[1].update(reason="because"), {"row", "counts"}),
     (2, lambda rows: rows[0].update(status=None), {"row", "counts"}),
     (2, lambda rows: rows[0].update(status="rejected"), {"row", "counts"}),
     (2, lambda rows: rows[0].update(reason="truncated"), {"row", "counts"}),
@@ -437,6 +441,17 @@ def test_what_is_wrong_in_more_than_one_way_is_named_in_each(tmp_path: Path, uni
     found = verified(tmp_path, world.files())
     assert {kind for kind, name in found if name == world.part(unit)} == kinds
     assert found <= {(kind, world.part(unit)) for kind in kinds} | {("counts", "_SUCCESS")}
+
+
+def test_the_reasons_that_are_known_are_those_of_the_code_that_refuses() -> None:
+    assert set(counted.REASONS) == set(REASONS)
+
+
+def test_persons_that_were_suppressed_are_summed(tmp_path: Path) -> None:
+    world = edited("pose 1", lambda pose: pose["counts"].update(suppressed=2))
+    assert verified(tmp_path / "1", world.files()) == {("counts", "_SUCCESS")}
+    world.total["suppressed"] = 2
+    assert verified(tmp_path / "2", world.files()) == set()
 
 
 def test_a_picture_may_have_no_etag_and_another_sha256_is_no_matter_where_the_plan_has_none(tmp_path: Path) -> None:
@@ -479,6 +494,8 @@ def test_nan_in_a_column_that_came_later_is_named(tmp_path: Path) -> None:
     (lambda pose: pose["counts"].pop("rejected"), "counts"),
     (lambda pose: pose["counts"].update(reasons={"truncated": 1}), "counts"),
     (lambda pose: pose["counts"].update(boxes_refused="1"), "counts"),
+    (lambda pose: pose["counts"].update(suppressed=-1), "counts"),
+    (lambda pose: pose["counts"].update(suppressed=None), "counts"),
     (lambda pose: pose["counts"].update(ok=True), "counts"),
     (lambda pose: pose["counts"].update(reasons={"not_a_picture": 1.0}), "counts"),
     (lambda pose: pose.update(version=0), "keys"),

@@ -152,6 +152,7 @@ def test_pictures_under_a_prefix_are_drawn_and_a_changed_or_missing_one_says_so(
     result, html = preview(tmp_path, keys)
 
     assert (result["pictures"], result["not_readable"]) == (1, 3)
+    assert result["complete"] is False  # there is no _SUCCESS
     assert "SHA-256 differs" in html
     assert "there is no such file" in html
     assert cv2.imread(result["contact_sheet"]).shape == (240, 1280, 3)

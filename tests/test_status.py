@@ -47,6 +47,15 @@ def test_a_finished_run_is_complete_and_gives_its_counts(output: Path, capsys: p
     assert "not_a_picture 1" in told
 
 
+def test_a_finished_run_whose_part_is_gone_is_damaged(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    min((output / "keypoints").iterdir()).unlink()
+    found = status.run(StatusConfig(output=str(output)))
+    assert (found["state"], found["done"], found["counts"]["pictures"]) == ("damaged", 2, 3)
+    told = capsys.readouterr().err
+    assert "damaged: it was complete, and parts are gone since" in told
+    assert "2 of 3 units (66.7%)" in told
+
+
 def test_a_run_that_nobody_works_on_is_stopped_and_counts_what_is_committed(
         output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unfinish(output)

@@ -473,6 +473,7 @@ def test_an_evaluation_goes_to_the_models_own_run_where_it_is_known(tracking, cl
 
     kept = client.get_run(trained.run_id)
     assert result["run_id"] == trained.run_id
+    assert result["complete"] is False  # there is no _SUCCESS
     assert kept.data.metrics["evaluate/ap"] == pytest.approx(1.0)
     assert kept.inputs.dataset_inputs[0].dataset.name == "annotations"
     assert elsewhere["run_id"] not in (None, trained.run_id, "0" * 32)

@@ -11,6 +11,9 @@ Row = Mapping[str, Any]
 
 COUNTED = ("rows", "pictures", "refused", "bytes", "persons", "trainable")  # numbers; `reasons` is beside them
 NOT_A_PICTURE = "not_a_picture"
+# Why a picture may have been refused
+REASONS = ("missing", "changed", "unreadable_object", "empty", NOT_A_PICTURE, "unsupported_format", "too_large_bytes",
+           "too_large_pixels", "truncated", "corrupt", "other_size", "bad_boxes", "decoder_crash")
 
 
 def is_picture(row: Row) -> bool:

@@ -25,6 +25,7 @@ from pipeline.verification.reading import has_columns, read_parquet, read_stored
 
 FOLDER = "keypoints"
 EACH_UNIT = "the part of each planned unit"
+NOT_IN_ROWS = ("boxes_refused", "suppressed")  # counts of what no row tells; the first parts may lack them
 _POSE_KEYS = {"version": int, "counts": {"reasons": dict}, "skeleton": {"joints": [str]}, "coordinate_frame": str,
               "model": dict, "job": str}
 
@@ -62,7 +63,7 @@ class KeypointReport:
     rows             all its rows; None: they could not be read
     key_hashes       uint64 [n], distinct: the first 8 bytes of the SHA-256 of each key
     counts, reasons  what its rows count up to
-    boxes_refused    as its metadata counts them: rows don't tell
+    not_in_rows      what its metadata counts of NOT_IN_ROWS
     about            SHA-256 over what all parts have to say alike: skeleton, coordinate frame, model; None: unknown
     """
 
@@ -72,7 +73,7 @@ class KeypointReport:
     key_hashes: Hashes = field(default_factory=no_hashes)
     counts: Mapping[str, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
-    boxes_refused: int = 0
+    not_in_rows: Mapping[str, int] = field(default_factory=dict)
     about: str | None = None
 
 
@@ -109,9 +110,9 @@ def _check_table(part: KeypointPart, table: pa.Table, findings: list[Finding]) -
     if pose is None:
         return replace(report, findings=tuple(findings))
     findings += _against_metadata(part, pose["counts"], counts, reasons)
-    refused = pose["counts"].get("boxes_refused", 0)
-    return replace(report, findings=tuple(findings), boxes_refused=refused if _is_count(refused) else 0,
-                   about=_about(pose))
+    told = {name: pose["counts"].get(name, 0) for name in NOT_IN_ROWS}
+    return replace(report, findings=tuple(findings), about=_about(pose),
+                   not_in_rows={name: count for name, count in told.items() if _is_count(count)})
 
 
 # --- its metadata -------------------------------------------------------------------------------------------------
@@ -150,9 +151,9 @@ def _against_metadata(part: KeypointPart, said: Mapping[str, Any], counts: Mappi
                       reasons: Mapping[str, int]) -> Iterator[Finding]:
     if wrong := differences(said, counts, reasons):
         yield Finding("counts", part.object, "its metadata `pose` to count its rows", wrong, WRITER)
-    refused = said.get("boxes_refused", 0)
-    if not _is_count(refused):
-        yield Finding("counts", part.object, "a number of boxes_refused", repr(refused), WRITER)
+    for name in NOT_IN_ROWS:
+        if not _is_count(said.get(name, 0)):
+            yield Finding("counts", part.object, f"a number of {name}", repr(said[name]), WRITER)
 
 
 def _is_count(value: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.verification.counts import REASONS
 from pipeline.verification.finding import some
 
 COLUMNS = pa.schema([
@@ -97,6 +98,8 @@ def _picture_rules(rows: Rows, job: str) -> Iterator[tuple[str, Mask]]:
     yield f"job {job} in each row", ~rows.equal("job", job)
     yield f"a status of {', '.join(STATUSES)}", ~(ok | no_person | rejected)
     yield "a reason exactly where the status is rejected", rows.valid("reason") != rejected
+    yield "a reason that is known", rows.valid("reason") & ~np.logical_or.reduce(
+        [rows.equal("reason", reason) for reason in REASONS])
     yield "an error exactly where the status is rejected", rows.valid("error") != rejected
     yield "a sha256 of each picture that was not rejected", (ok | no_person) & ~rows.valid("sha256")
     yield "a positive width and height, or none of a rejected picture", ~(sized | rejected & unsized)

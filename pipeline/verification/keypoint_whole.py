@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.verification.counts import differences
 from pipeline.verification.finding import WRITER, Finding
 from pipeline.verification.keypoint_output import SUCCESS, Output
-from pipeline.verification.keypoint_part import FOLDER, KeypointPart, KeypointReport, missing_part
+from pipeline.verification.keypoint_part import FOLDER, NOT_IN_ROWS, KeypointPart, KeypointReport, missing_part
 from pipeline.verification.keys import all_hashes, doubled_keys, homes_of, repeated
 from pipeline.verification.plan import planned_units
 from pipeline.verification.run import Run
@@ -77,7 +77,8 @@ def _wrong_sums(output: Output, reports: Sequence[KeypointReport]) -> Iterator[F
     for report in reports:
         total.update(report.counts)
         reasons.update(report.reasons)
-    total["boxes_refused"] = sum(report.boxes_refused for report in reports)
+    for name in NOT_IN_ROWS:
+        total[name] = sum(report.not_in_rows.get(name, 0) for report in reports)
     said = output.success["counts"]
-    if wrong := differences({"boxes_refused": 0, **said}, total, reasons):
+    if wrong := differences({**dict.fromkeys(NOT_IN_ROWS, 0), **said}, total, reasons):
         yield Finding("counts", SUCCESS, "the sums over all rows", wrong, WRITER)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.verification.counts import Row, count_differences, count_rows, is_picture
+from pipeline.verification.counts import REASONS, Row, count_differences, count_rows, is_picture
 from pipeline.verification.finding import RESTORE, WRITER, Finding, some
 from pipeline.verification.keys import Hashes, hash_keys, no_hashes
 from pipeline.verification.plan import compare_keys
@@ -150,6 +150,7 @@ def _is_box(box: Sequence[float] | None) -> bool:
 RULES: tuple[tuple[str, Callable[[Row], bool]], ...] = (
     ("a key in each row", lambda row: row["key"] is not None),
     ("a reason exactly where there are no bytes", lambda row: (row["reason"] is None) == is_picture(row)),
+    ("a reason that is known", lambda row: row["reason"] is None or row["reason"] in REASONS),
     ("an error exactly where there is a reason", lambda row: (row["error"] is None) == (row["reason"] is None)),
     ("sha256 to be that of the bytes", lambda row: not is_picture(row) or row["sha256"] == row["bytes_sha256"]),
     ("size to be the number of bytes", lambda row: not is_picture(row) or row["size"] == row["num_bytes"]),
