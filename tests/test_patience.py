@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from jobs import train, train_worker
+from jobs import train, train_feed, train_worker
 from jobs.train_checkpoints import Keeper, restore
 from jobs.train_progress import validate
 from jobs.train_task import TrainTask, Worker
@@ -166,6 +166,17 @@ def test_the_model_is_put_once_the_store_is_back_and_else_the_same_command_puts_
     assert train_worker._put(worker, {}) is None
     assert json.loads(storage.read_object(f"{bucket}/model.json"))["source"] == {
         "iterations": 4, "samples": 16, "evaluation": {}, "best": None, "run_id": "r1"}
+
+
+def test_what_a_feeding_task_raises_is_named_as_it_is() -> None:
+    from ray.exceptions import RayTaskError
+
+    for ours in (DataError("part-7 is damaged."), StorageError("part-7: 6 attempts failed.")):
+        said = type(ours)(f"{ours}\nFailed to apply UDF transform after 1/1 attempts.")  # as Ray Data puts it
+        error = train_feed._own_error(RayTaskError("task_samples", "", said, "", 1, "127.0.0.1"))
+        assert (type(error), str(error)) == (type(ours), str(ours))
+    other = RayTaskError("task_samples", "", KeyError("slot"), "", 1, "127.0.0.1")
+    assert train_feed._own_error(other) is other
 
 
 # --- the driver ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pipeline.model.directory import ModelSpec, read_spec, save_model
 from pipeline.model.mspn import MSPN
 from pipeline.model_reference import put_model
 from pipeline.pose.skeleton import COCO17
+from tests.test_train_failures import TINY as SMALL
 from tests.test_train_failures import TrackingServer
 from tests.test_training import made_shards
 from tests.worlds import NO_TRACKING, TINY
@@ -63,7 +64,7 @@ class Training:
         tracking = TrackingConfig(uri=f"http://127.0.0.1:{self.server.port}") if tracked else NO_TRACKING
         return load_config(TrainConfig, flags={
             "data": self.data, "output": self.output, "workers": 1, "device": "cpu", "precision": "float32",
-            "tracking": tracking.model_dump()})
+            "network": SMALL, "tracking": tracking.model_dump()})
 
     def _put_model(self, task: TrainTask) -> None:
         directory = Path(self.output).with_name("made")
