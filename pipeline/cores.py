@@ -10,7 +10,8 @@ CGROUP = Path("/sys/fs/cgroup")  # of a container, its own
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
     """The whole cores of this process, 1 at least: those it may run on, and no more than its container's CPU limit."""
-    return max(1, math.floor(min(len(os.sched_getaffinity(0)), _container_limit(cgroup))))
+    pinned = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min(pinned, _container_limit(cgroup))))
 
 
 def _container_limit(cgroup: Path) -> float:
