@@ -58,7 +58,7 @@ def test_a_run_is_known_by_the_model_that_it_began_from_and_by_what_that_one_is(
         data: ShardDataset, tmp_path: Path, theirs: Path) -> None:  # noqa: F811
     given = config(tmp_path, init=str(theirs), heatmap_scale=8.0)
     job = begun(given, data)
-    recipe_of_it = train._source(given, job)["recipe"]
+    recipe_of_it = train._source(given, job, run_id=None)["recipe"]
 
     assert recipe_of_it["init"] == recipe_of_it["init_reference"] == str(theirs)
     assert recipe_of_it["init_digest"] == model_digest(theirs)
@@ -74,13 +74,13 @@ def test_a_trunk_is_known_by_its_digest(data: ShardDataset, tmp_path: Path) -> N
     torch.save(torchvision_weights(red=1.0, green=2.0, blue=3.0), tmp_path / "trunk.pth")
     given = config(tmp_path, trunk=str(tmp_path / "trunk.pth"), network=SMALL)
     sha256 = storage.stored_sha256(str(tmp_path / "trunk.pth"))
-    assert train._source(given, begun(given, data))["recipe"]["trunk_sha256"] == sha256
+    assert train._source(given, begun(given, data), run_id=None)["recipe"]["trunk_sha256"] == sha256
 
 
 def test_all_that_a_run_is_known_by_is_in_its_models_source(data: ShardDataset, tmp_path: Path) -> None:  # noqa: F811
     given = config(tmp_path, network=SMALL, validate_persons=100)
     job = begun(given, data)
-    source = train._source(given, job)
+    source = train._source(given, job, run_id=None)
     assert {**source["recipe"], "seed": source["seed"], "joints": list(COCO17.joints)} == job.intent
     assert source["recipe"]["validate_persons"] == 100
 
@@ -151,7 +151,7 @@ def test_a_run_that_an_earlier_program_began_from_a_model_goes_on_in_silence(
     refuse_other(given, job, data)
 
     assert not caplog.text
-    assert train._source(given, job)["recipe"]["heatmap_scale"] == 8.0
+    assert train._source(given, job, run_id=None)["recipe"]["heatmap_scale"] == 8.0
 
 
 # --- what can't begin ---------------------------------------------------------------------------------------------
