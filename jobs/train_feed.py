@@ -59,9 +59,6 @@ def _made_by_tasks(worker: Worker, one: TrainingSet, groups: Sequence[Sequence[s
     made = rows.map_batches(samples.task_samples, batch_size=1, compute=feeders,  # type: ignore[arg-type]
                             num_cpus=_cpus_of_feeder(worker),
                             fn_kwargs={"data": replace(one.dataset, json={}),
-                                       # a feeder that takes a core from one rank holds up all of them, who meet in
-                                       # each step; on CPUs they leave moments enough in which they wait
-                                       "idle_priority": worker.device.type == "cpu",
                                        "recipe": replace(recipe_of(worker.task, worker.spec), joints=one.joints)})
     try:
         yield from made.iter_batches(batch_size=None, prefetch_batches=PREFETCH_BLOCKS)

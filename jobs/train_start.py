@@ -77,8 +77,7 @@ def averaging(network: PoseNetwork) -> torch.nn.Module:
     first pass is another one, would leave the unbroken one's way. A rehearsal comes before either's first iteration.
     """
     # as the authors: each rank keeps its own batch norm statistics, and rank 0's are saved
-    wrapped = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False,
-                                                        gradient_as_bucket_view=True)
+    wrapped = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
     buffers = [buffer.clone() for buffer in network.buffers()]
     width, height = network.config.input_size_wh
     images = torch.zeros((2, 3, height, width), device=next(network.parameters()).device)

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.idle_priority import at_idle_priority
 from pipeline.images import PictureRefused, decode_picture
 from pipeline.patience import waited_out
 from pipeline.pose.augment import Augmentation, TrainingSample, sample_generator, training_sample
@@ -190,17 +189,13 @@ def turns_text(turns: Sequence[Turn]) -> str:
     return json.dumps([astuple(turn) for turn in turns])
 
 
-def task_samples(rows: Mapping[str, Any], data: ShardDataset, recipe: SampleRecipe, *,
-                 idle_priority: bool = False) -> Iterator[Arrays]:
+def task_samples(rows: Mapping[str, Any], data: ShardDataset, recipe: SampleRecipe) -> Iterator[Arrays]:
     """What a task makes of a batch of one row: the samples of its `turns`, block by block.
-
-    idle_priority  only in the time that nothing else wants: for cores that a network trains on
 
     It stands here, and not with the worker, so that a process that only makes samples never imports torch.
     """
-    turns = json.loads(str(rows["turns"][0]))
-    blocks = (block for turn in turns for block in turn_samples(data, Turn(*turn), recipe))
-    return at_idle_priority(blocks) if idle_priority else blocks
+    for turn in json.loads(str(rows["turns"][0])):
+        yield from turn_samples(data, Turn(*turn), recipe)
 
 
 def _trainable_persons(table: pa.Table) -> list[list[dict[str, Any]]]:
