@@ -10,7 +10,8 @@ input     samples/s of Ray tasks as `train` has them, against the plain PyTorch 
           function that makes ours, tell what each part of that costs. In turns, median of the turns.
 training  samples/s of `train` with --ranks workers, from their wait for the first batch to their last step, so that all
           of their input is made in that time; against 1 / (input alone + forward, backward and step alone), the latter
-          in as many plain processes at once, of as many threads, which don't speak with each other
+          in as many plain processes at once, of as many threads, which don't speak with each other; and the same where
+          they do, to average their gradients
 order     how well persons are shuffled, over an epoch of COCO's size with 1,000 pictures in a shard: pairs in a batch
           that come from one picture, and from how many shards a batch comes; against a shuffle of everybody
 """
@@ -26,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from jobs import shard, train
 from jobs.start_ray import start_ray
 from jobs.train_feed import recipe_of, sample_batches
-from jobs.train_start import new_network
+from jobs.train_start import averaging, new_network
 from jobs.train_task import TrainTask, Worker
 from pipeline import samples, training
 from pipeline.coco import Person, parse_annotations
@@ -52,6 +54,7 @@ from pipeline.shards import open_shards
 
 OFF = TrackingConfig(enabled=False)
 BATCH_SIZE = 32
+AVERAGED = "the same, gradients averaged"
 ALONE_SHARE = 1 / 3  # of --seconds: what runs alone is steady sooner than a training
 COCO_PICTURES, COCO_PERSONS = 56_599, 149_813  # of train2017 with keypoints
 PICTURES_PER_SHARD = 1000
@@ -121,12 +124,14 @@ def measure_input(task: TrainTask, options: argparse.Namespace) -> dict[str, dic
     return {name: {"samples/s": median, "times": median / theirs} for name, median in medians.items()}
 
 
-def speed(batches: Iterator[int], seconds: float) -> float:
-    """samples/s of a stream of batches' sizes, once it runs."""
+def speed(batches: Iterator[int], seconds: float, *, count: int | None = None) -> float:
+    """samples/s of a stream of batches' sizes, once it runs; for so many seconds, or of `count` batches."""
     for _ in range(2 * torch.get_num_threads()):
         next(batches)
     began, taken = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    for number in itertools.count():
+        if number == count or (count is None and time.perf_counter() - began > seconds):
+            break
         taken += next(batches)
     return taken / (time.perf_counter() - began)
 
@@ -205,24 +210,38 @@ def measure_training(task: TrainTask, options: argparse.Namespace, work: Path) -
     seconds = options.seconds * ALONE_SHARE
     alone = {"input alone": lambda: speed(ray_input(task, spec), seconds),
              "forward, backward and step alone": lambda: processes_speed(task, options.ranks, seconds)}
-    runs: dict[str, list[float]] = {name: [] for name in (*alone, "train")}
+    samples_each = task.config.optimiser.batch_size_per_worker * options.ranks
+    runs: dict[str, list[float]] = {name: [] for name in (*alone, *[AVERAGED] * (options.ranks > 1), "train")}
     for turn in range(options.turns):
         for name, measure in alone.items():
             runs[name].append(measure())
-        iterations = max(60, int(options.seconds * runs["forward, backward and step alone"][-1]
-                                 / (task.config.optimiser.batch_size_per_worker * options.ranks)))
+        per_second = runs["forward, backward and step alone"][-1] / samples_each
+        if options.ranks > 1:
+            meeting = Meeting(work / f"meeting-{turn}", max(20, int(seconds * per_second)))
+            runs[AVERAGED].append(processes_speed(task, options.ranks, seconds, meeting))
+        iterations = max(60, int(options.seconds * per_second))
         runs["train"].append(train_speed(task, iterations, work / f"model-{turn}"))
     medians = {name: statistics.median(each) for name, each in runs.items()}
-    limit = 1 / sum(1 / medians[name] for name in alone)
     table = {name: {"samples/s": median} for name, median in medians.items()}
-    return table | {"share of 1 / (input + network)": {"share": medians["train"] / limit}}
+    of_input, *of_network, _ = (1 / median for median in medians.values())
+    shares = ("share of 1 / (input + network)", "with averaged gradients")
+    return table | {name: {"share": medians["train"] * (of_input + each)}
+                    for name, each in zip(shares, of_network, strict=False)}
 
 
-def processes_speed(task: TrainTask, ranks: int, seconds: float) -> float:
+@dataclass(frozen=True)
+class Meeting:
+    """Where processes meet that average their gradients (a file that isn't there yet), and how many steps they do."""
+
+    place: Path
+    steps: int
+
+
+def processes_speed(task: TrainTask, ranks: int, seconds: float, meeting: Meeting | None = None) -> float:
     """samples/s of as many processes together as there are ranks; they begin to count at the same time."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(ranks, context, initializer=_share, initargs=(context.Barrier(ranks),)) as pool:
-        return sum(pool.map(step_speed, [task] * ranks, [seconds] * ranks))
+        return sum(pool.map(step_speed, [task] * ranks, [seconds] * ranks, [meeting] * ranks))
 
 
 def _share(barrier: Any) -> None:
@@ -230,7 +249,7 @@ def _share(barrier: Any) -> None:
     together = barrier
 
 
-def step_speed(task: TrainTask, seconds: float) -> float:
+def step_speed(task: TrainTask, seconds: float, meeting: Meeting | None) -> float:
     """samples/s of steps on one batch that is in memory, in a process of `processes_speed`."""
     torch.set_num_threads(task.config.threads or 1)
     network, spec = new_network(task)
@@ -242,14 +261,20 @@ def step_speed(task: TrainTask, seconds: float) -> float:
     arrays = {name: values[:task.config.optimiser.batch_size_per_worker] for name, values in next(blocks).items()}
     batch = training.as_batch(arrays, torch.device("cpu"))
 
+    rank = together.wait()
+    if meeting is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting.place}", rank=rank,
+                                             world_size=together.parties)
+    wrapped = network if meeting is None else averaging(network)
+
     def steps() -> Iterator[int]:
         for iteration in itertools.count(1):
-            training.train_step(network, optimiser, batch, iteration=iteration, rate=1e-4, spec=spec,
+            training.train_step(wrapped, optimiser, batch, iteration=iteration, rate=1e-4, spec=spec,
                                 bfloat16=task.config.precision == "bfloat16")
             yield len(batch.crops)
 
     together.wait()
-    return speed(steps(), seconds)
+    return speed(steps(), seconds, count=None if meeting is None else meeting.steps)
 
 
 def train_speed(task: TrainTask, iterations: int, output: Path) -> float:
