@@ -114,8 +114,9 @@ def write_state(output: Path, files: dict[str, bytes]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "input_kind", "options", "points"), [
     ("disk", "in", "--workers 2", 200), ("disk", "shards", "--workers 2 --every 3", 60),
-    ("disk", "in", "--worlds files --workers 2 --every 4", 60), ("disk", "in", "--worlds detector --every 8", 30),
-    ("bucket", "in", "--worlds files --workers 2 --every 8", 50),
+    ("disk", "in", "--worlds files --workers 2 --every 4", 60),
+    pytest.param("disk", "in", "--worlds detector --every 8", 30, marks=pytest.mark.endurance),
+    pytest.param("bucket", "in", "--worlds files --workers 2 --every 8", 50, marks=pytest.mark.endurance),
     ("bucket", "in", "--workers 2 --every 2", 150), ("bucket", "shards", "--workers 2 --every 4", 60),
     ("bucket-chain", "in", "--reads-too", 150), ("bucket-chain", "shards", "--reads-too", 150)])
 def test_killed_at_each_step_and_request_it_is_finished_by_the_next_run(

@@ -114,6 +114,7 @@ def lspet(shared: Path, tmp_path_factory: pytest.TempPathFactory, without_ray: N
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(1200)
 def test_the_14_joints_of_lspet_are_learnt_by_heart(lspet: tuple[str, Path], tmp_path: Path) -> None:
     data, annotations = lspet
