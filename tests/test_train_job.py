@@ -162,6 +162,7 @@ def test_two_workers_train_with_all_options_at_once_and_the_average_becomes_the_
     assert "gradient_norm" in MlflowClient(tracked["uri"]).get_run(result["run_id"]).data.metrics
 
 
+@pytest.mark.slow
 def test_a_model_says_which_one_it_began_from_also_when_another_has_come_to_its_place(
         world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = write_tiny_model(tmp_path / "theirs")

@@ -84,6 +84,7 @@ def wait_for(text: str, capfd: pytest.CaptureFixture[str]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_joints_of_ones_own_are_begun_from_a_coco_model_validated_and_annotated(
         tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     world = write_pictures(tmp_path / "world", count=6)
