@@ -7,6 +7,7 @@ the decoder costs one restart, and where there are many of them, not each does.
 import itertools
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 from jobs.start_ray import NO_CORES, node_cpus, node_gpus, num_gpus
 from pipeline.boxes import DETECT
 from pipeline.errors import ConfigError
+from pipeline.freed_memory import keep_freed_memory
 from pipeline.unit_annotator import Receipt, UnitAnnotator
 from pipeline.unit_decoder import UNIT_BYTES, DecodedUnit, UnitDecoder
 from pipeline.units import FrozenJob
@@ -140,7 +142,8 @@ def was_restarted() -> bool:
     """Whether this actor's process has ended before."""
     import ray
 
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # Ray's own of what it uses itself
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _care(always: bool) -> Iterator[bool]:
@@ -153,6 +156,7 @@ class DecodingActor:
     """One UnitDecoder in an actor of its own."""
 
     def __init__(self, *, careful: bool, **settings: Any) -> None:
+        keep_freed_memory()
         self.decoder, self.care = UnitDecoder(**settings), _care(careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -167,6 +171,7 @@ class AnnotatingActor:
     """One UnitAnnotator in an actor of its own."""
 
     def __init__(self, *, careful: bool, **settings: Any) -> None:
+        keep_freed_memory()
         self.annotator, self.care = UnitAnnotator(**settings), _care(careful)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

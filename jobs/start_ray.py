@@ -24,6 +24,10 @@ NO_CORES = ("the Ray cluster has no core for tasks now, so that how much is done
 # samples/s: asleep at once 47, after 2,000 looks 72, after OpenMP's own 300,000 looks 80; two such processes on the
 # same two cores: 12, 11, no end within minutes (RESULTS.md)
 THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+# Ray gives its workers nearly the lowest priority (nice 15). On a machine of a few cores each of Ray's own dozen
+# processes that wakes up then takes a core from a thread of a network, for which the others wait: a training did 47
+# samples/s, and 57 at everybody's priority (RESULTS.md)
+WORKER_NICENESS = {"RAY_worker_niceness": "0"}
 
 
 @contextlib.contextmanager
@@ -39,7 +43,7 @@ def start_ray() -> Iterator[None]:
         return
     # Ray Data's own account of plans and operators is for who develops it; ours says what is done
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-    for name, value in THREAD_WAITS.items():
+    for name, value in (THREAD_WAITS | WORKER_NICENESS).items():
         os.environ.setdefault(name, value)
     # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")

@@ -1,6 +1,7 @@
 """Two processes of torch.distributed on one machine, each with its own samples: what tests compare with one process."""
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,7 @@ def _rank(rank: int, work: Callable[[int], Any], folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     torch.save(work(rank), Path(folder, f"rank-{rank}.pt"))
     distributed.destroy_process_group()
+    os._exit(0)  # what Ray and MLflow leave running can abort a process that ends by itself
 
 
 def _synchronised(rank: int) -> dict[str, Any]:
