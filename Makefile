@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/python -m jobs demo --output $(OUTPUT) $(if $(DATA),--data $(DATA))
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 	@echo "All tests passed. Next: make demo, then open demo/preview/index.html."
 
 test-all: lint

@@ -21,7 +21,6 @@ import itertools
 import json
 import logging
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from jobs.annotate_pool import annotate_units
 from jobs.start_ray import start_ray
 from pipeline.annotation import annotated_boxes
 from pipeline.config import AnnotateConfig, ShardConfig, TrackingConfig
+from pipeline.cores import usable_cores
 from pipeline.model.directory import ModelSpec, load_model, normalise_crops, save_model
 from pipeline.model.inference import DTYPES, cpu_backend, native_precision
 from pipeline.model.mspn import MSPN, MSPNConfig
@@ -89,7 +89,7 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     model = options.model or made_model(output / "model")
     pictures, boxes = read_pictures(options.data, output)
-    measured: dict[str, Any] = {"cores": os.cpu_count(), "backend": cpu_backend()}
+    measured: dict[str, Any] = {"cores": usable_cores(), "backend": cpu_backend()}
     with start_ray():
         for part in options.only:
             measured[part] = globals()[f"measure_{part}"](output, model, pictures, boxes)
@@ -124,7 +124,7 @@ def read_pictures(data: Path, output: Path) -> tuple[list[bytes], Boxes]:
 
 def measure_network(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
     """Persons/s of the job, the plain loop and the bare forward, medians; one after the other, several times."""
-    actors, source = os.cpu_count() or 1, repeated_pictures(output, NETWORK_PICTURES, NETWORK_PICTURES_PER_SHARD)
+    actors, source = usable_cores(), repeated_pictures(output, NETWORK_PICTURES, NETWORK_PICTURES_PER_SHARD)
     found: dict[str, list[float]] = {}
     for number in range(REPETITIONS):
         found.setdefault("plain", []).append(plain_loop(model, pictures, boxes))
@@ -168,7 +168,7 @@ def run_job(output: Path, model: Path, source: str, *, boxes: str | None, **sett
 
 def plain_loop(model: Path, pictures: Sequence[bytes], boxes: Boxes) -> float:
     """Persons/s of what people write: one picture after the other, its persons one batch, all cores for torch."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     network, spec = load_model(model)
     predictor = Predictor((network, spec), backend="plain")
     began, persons = time.monotonic(), 0
@@ -248,7 +248,7 @@ def in_processes(number: int, work: Callable[..., float], *arguments: Any) -> fl
 
 def measure_null(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
     """Pictures/s of the job without a network, and of processes that decode and crop, medians."""
-    source, actors = repeated_pictures(output, NULL_PICTURES), os.cpu_count() or 1
+    source, actors = repeated_pictures(output, NULL_PICTURES), usable_cores()
     found: dict[str, list[float]] = {"bare": [], "job": [], "job, pool start not counted": []}
     for number in range(REPETITIONS):
         found["bare"].append(in_processes(actors, decode_and_crop, model, pictures, boxes))

@@ -29,8 +29,10 @@ import torch
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.start_ray import THREAD_WAITS
 from pipeline import training
 from pipeline.averaging import WeightAverage
+from pipeline.cores import usable_cores
 from pipeline.model.compiling import compile_forward, why_not_compile
 from pipeline.model.directory import ModelSpec
 from pipeline.model.mspn import MSPN, MSPNConfig
@@ -88,11 +90,11 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="samples of each worker; a multiple of 4")
     parser.add_argument("--steps", type=int, default=2, help="timed at once")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", help="names of ways, with commas; plain is always measured")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as `train`'s workers have it; before these import torch
+    os.environ.update(THREAD_WAITS)  # as `train`'s workers have it; before these import torch
     network = MSPNConfig(num_joints=COCO17.num_joints, num_stages=options.stages, **NETWORKS[options.network])
     size = Size(network, options.batch, options.steps, options.threads)
     rows = measure(offered(options.only), size, options.repetitions)

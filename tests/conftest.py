@@ -1,10 +1,14 @@
 """What several test files need: the folder of shared reference data, a real S3 server, places to write to."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything brings in torch, whose threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jobs.start_ray import start_ray
 from pipeline import storage_s3
