@@ -25,6 +25,7 @@ from pipeline.units import FrozenJob, open_job, part_footers, total_counts
 logger = logging.getLogger("pipeline.keypoints")
 FOLDER = "keypoints"
 SUCCESS = "_SUCCESS"
+MODEL_FOLDER = "_model"
 BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
 FRAME = "pixels of the stored picture after its EXIF orientation; x right, y down; pixel centres at integers"
 MEGVII = Decoding()

@@ -35,6 +35,8 @@ from pipeline.model.settings import (
     ARCHITECTURES,
     DEFAULT,
     KNOWN_ARCHITECTURES,
+    SPEC_FILE,
+    WEIGHTS_FILE,
     AnyLoss,
     CoarseToFineLoss,
     Decoding,
@@ -45,8 +47,6 @@ from pipeline.pose.skeleton import Skeleton
 from pipeline.settings import Positive
 
 VERSION = 1  # the newest major version of model.json that this program reads
-SPEC_FILE = "model.json"
-WEIGHTS_FILE = "model.safetensors"
 REMEDY = "Copy the whole directory again, or write it anew with import-model or train."
 
 # ImageNet's, which the authors and MMPose use alike, in the order R, G, B and for values of 0 to 1

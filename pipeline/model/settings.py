@@ -17,6 +17,7 @@ from pipeline.settings import Count, Positive, Settings
 Four = tuple[Count, Count, Count, Count]
 SizeWH = tuple[Count, Count]
 DEFAULT = "mspn"
+SPEC_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"  # of a model directory
 BELOW = "with the settings from here on"
 
 
