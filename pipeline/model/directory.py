@@ -232,8 +232,8 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the network sees of crops: [B, 3, H, W] of a dtype, in the network's channel order.
+def normalise_crops(crops: Tensor, spec: ModelSpec) -> Tensor:
+    """What the network sees of crops: float32 [B, 3, H, W], in the network's channel order.
 
     crops  uint8 [B, H, W, 3] BGR, on any device
     """
@@ -241,7 +241,7 @@ def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torc
     ordered = channels if spec.colour == "BGR" else channels.flip(1)
     mean, std = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     # in the order in which the authors compute it, so that rounding is the same
-    return ordered.contiguous().float().div(255).sub(mean).div(std).to(dtype)
+    return ordered.contiguous().float().div(255).sub(mean).div(std)
 
 
 def _spec_text(spec: ModelSpec) -> str:
