@@ -136,8 +136,8 @@ def _skeleton(num_joints: int | None, finest: str, path: Path) -> tuple[Skeleton
         raise DataError(f"{path}: {finest}, the last heatmaps' weights, is missing: it isn't a whole network. "
                         "Download it again.")
     if num_joints not in SKELETONS:
-        raise DataError(f"{path} has {num_joints} joints, which is neither COCO's 17 nor MPII's 16, and the file doesn't "
-                        "say what they are. Give a checkpoint for one of these.")
+        raise DataError(f"{path} has {num_joints} joints, which is neither COCO's 17 nor MPII's 16, and the file "
+                        "doesn't say what they are. Give a checkpoint for one of these.")
     return SKELETONS[num_joints]
 
 

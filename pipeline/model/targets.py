@@ -91,7 +91,7 @@ def gaussian_taps(kernel: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=32)
 def _profiles(length: int, peak: TargetPeak, device: torch.device) -> Tensor:
-    """[5, length, length] float32, by kernel: row c is a blurred 1 in cell c, its highest value (or that in cell c) 1."""
+    """[5, length, length] float32: row c is a blurred 1 in cell c, its highest value (or that in cell c) 1."""
     profiles = np.stack([_blurred_deltas(length, kernel) for kernel in KERNELS])
     joints_own = profiles.diagonal(axis1=1, axis2=2)[..., None]
     profiles = profiles / (joints_own if peak == "joint" else profiles.max(axis=-1, keepdims=True))
