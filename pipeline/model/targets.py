@@ -4,20 +4,17 @@ A drawn sample is a megabyte, its joints are some hundred bytes: joints travel, 
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.model.settings import GaussianLoss
+from pipeline.model.settings import GaussianLoss, TargetPeak
 
 KERNELS = (15, 11, 9, 7, 5)  # the authors' blur sizes in cells, wide to narrow
 PEAK = 255.0
 STRIDE = 4  # input pixels for each cell of a heatmap
-
-TargetPeak = Literal["maximum", "joint"]
 
 # OpenCV's own tables for small kernels. Its formula, used from 11 on, would give other numbers.
 FIXED_TAPS = {
