@@ -40,7 +40,7 @@ from pipeline.model_reference import FoundModel, find_model, put_model
 from pipeline.patience import PAUSES_S
 from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwise
 from pipeline.rows import ROW_VERSION
-from pipeline.unit_annotator import FAILED, MODEL_FOLDER, Receipt
+from pipeline.unit_annotator import FAILED, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
 
 logger = logging.getLogger("jobs.annotate")
@@ -117,7 +117,7 @@ def freeze(config: AnnotateConfig, model: FoundModel,
         if job is None:
             units = inputs.plan_units(source, pictures_per_unit=config.pictures_per_unit, limit=config.limit,
                                       exclude=exclude)
-            put_model(model.directory, storage.join(config.output, MODEL_FOLDER))
+            put_model(model.directory, storage.join(config.output, keypoints.MODEL_FOLDER))
             about = {"model": {"name": model.name, "version": model.version, "digest": intent["model"]}}
             job = freeze_job(config.output, choose(units), input=source, intent=intent, about=about | boxes.about,
                              before_commit=lambda job: {"given": exclude.counts() | boxes.freeze(job)})

@@ -11,7 +11,8 @@ from pipeline import storage, tracking
 from pipeline.config import EvaluateConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation import Evaluation, evaluate_keypoints, evaluation_metrics, format_evaluation, joint_metrics
-from pipeline.keypoints import KeypointMetadata, read_keypoints
+from pipeline.keypoints import MODEL_FOLDER, KeypointMetadata, read_keypoints
+from pipeline.model.settings import SPEC_FILE
 
 logger = logging.getLogger("jobs.evaluate")
 
@@ -60,7 +61,7 @@ def _models_own_run(config: EvaluateConfig, metadata: KeypointMetadata) -> str |
 
 def _model_source(keypoints: str) -> dict[str, Any]:
     try:
-        spec = json.loads(storage.read_object(storage.join(keypoints, "_model", "model.json")))
+        spec = json.loads(storage.read_object(storage.join(keypoints, MODEL_FOLDER, SPEC_FILE)))
     except storage.ObjectMissing:
         return {}
     source: dict[str, Any] = spec.get("source") or {}

@@ -62,8 +62,7 @@ def run(config: ImportModelConfig, *, public_folder: str = PUBLIC_FOLDER) -> dic
             "skeleton": spec.skeleton["name"], "source": spec.source}
 
 
-def fetch_checkpoint(checkpoint: str, into: Path, *, public_folder: str = PUBLIC_FOLDER,
-                     max_bytes: int = MAX_BYTES) -> Path:
+def fetch_checkpoint(checkpoint: str, into: Path, *, public_folder: str) -> Path:
     """The checkpoint as a local file under its own name: a path itself, a URL or a public name downloaded.
 
     A name that is none of these is refused with ConfigError.
@@ -71,7 +70,7 @@ def fetch_checkpoint(checkpoint: str, into: Path, *, public_folder: str = PUBLIC
     url = public_folder + PUBLIC_FILES[checkpoint] if checkpoint in PUBLIC_FILES else checkpoint
     if url.startswith(("http://", "https://")):
         name = PurePosixPath(unquote(urlsplit(url).path)).name or "checkpoint.pth"
-        download(url, into / name, max_bytes=max_bytes)
+        download(url, into / name, max_bytes=MAX_BYTES)
         return into / name
     if not Path(checkpoint).is_file():
         raise ConfigError(f"--checkpoint {checkpoint}: there is no such file, and it is neither a URL (http, "

@@ -1,4 +1,4 @@
-"""A run's progress as Ray metrics, which the cluster's Prometheus endpoints give: counters and gauges, by output."""
+"""A run's progress as Ray metrics, which the cluster's Prometheus endpoints give: gauges, by output."""
 
 from typing import Any
 

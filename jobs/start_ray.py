@@ -7,7 +7,6 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 
 from pipeline import storage
 from pipeline.cores import usable_cores
@@ -109,7 +108,7 @@ def refuse_unshared(*, inputs: Iterable[str], outputs: Iterable[str]) -> None:
                                   "driver does. Give s3:// addresses, or a folder that all nodes share.")
     finally:
         for probe in probes:
-            Path(probe).unlink(missing_ok=True)
+            storage.remove_own(probe)
 
 
 def _objects_at(uri: str) -> Iterator[storage.StoredObject]:
@@ -125,9 +124,7 @@ def _unseen(objects: dict[str, str]) -> list[str]:
 
 def num_nodes() -> int:
     """Nodes of the connected cluster that are alive."""
-    import ray
-
-    return sum(node["Alive"] for node in ray.nodes())
+    return len(_nodes())
 
 
 def num_gpus() -> int:
@@ -156,7 +153,7 @@ def node_gpus() -> list[int]:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive."""
+    """The resources of each node of the connected cluster that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

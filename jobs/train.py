@@ -38,7 +38,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.metrics_buffer import store_waiting, stored_metrics
 from pipeline.mixture import TrainingSet
 from pipeline.model.compiling import why_not_compile
-from pipeline.model.directory import SPEC_FILE, ModelSpec, model_digest, read_spec
+from pipeline.model.directory import ModelSpec, model_digest, read_spec
+from pipeline.model.settings import SPEC_FILE
 from pipeline.model_reference import download_model, put_model
 from pipeline.patience import waited_out
 from pipeline.promotion import refuse_reserved_alias

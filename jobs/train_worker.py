@@ -46,7 +46,6 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         worker = open_worker(task, rank, world)
     except (ConfigError, DataError) as error:
         return str(error)  # it is the same on all ranks, and no restart would mend it
-    failure = None
     with _worker_run(task, rank) as run:
         failure = _train(worker, run)
     where = _store_unsent(worker, run)

@@ -75,24 +75,25 @@ def decode_unless_known(task: PictureToAnnotate,
 
 
 def annotate_pictures(pictures: Iterable[PictureToAnnotate], predictor: Predictor, *,
-                      decode: Callable[[bytes], Pixels] = decode_picture, decoders: int = 1,
-                      oks_nms: float | None = None) -> list[AnnotatedPicture]:
+                      decoders: int = 1, oks_nms: float | None = None) -> list[AnnotatedPicture]:
     """What became of each picture, in their order. Persons of many pictures share a batch; each is decoded once.
 
-    decode    bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
     decoders  threads that decode and crop while the network runs; 1: the caller's, in turns. They change no row.
     oks_nms   a person whose pose is more like a better one's than this OKS is left out
 
     What an earlier run made of the same bytes with the same boxes is copied; of the same object with the same ETag it
     isn't even read.
     """
-    return annotate_opened(open_pictures(pictures, predictor.crop_persons, decode=decode, threads=decoders), predictor,
-                           oks_nms=oks_nms)
+    opened = open_pictures(pictures, predictor.crop_persons, decode=decode_picture, threads=decoders)
+    return annotate_opened(opened, predictor, oks_nms=oks_nms)
 
 
 def open_pictures(pictures: Iterable[PictureToAnnotate], crop: CropPersons, *, decode: Callable[[bytes], Pixels],
                   threads: int) -> Iterator[Opened]:
-    """Each picture decoded and its persons cropped, in order, by so many threads; 1: the caller's."""
+    """Each picture decoded and its persons cropped, in order, by so many threads; 1: the caller's.
+
+    decode  bytes -> uint8 [H, W, 3] BGR, upright; or PictureRefused
+    """
     if threads == 1:
         return (_open(picture, crop, decode) for picture in pictures)
     # bytes that come as a stream, as a shard's may, are taken from it in its order

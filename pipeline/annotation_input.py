@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 from pipeline.exclusion import Exclusion
 from pipeline.images import PictureRefused
 from pipeline.inventory import LIST_SCHEMA, is_list, read_list
-from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture
+from pipeline.rows import PICTURE, REJECTED, SHARD_SCHEMA, AnnotatedPicture
 from pipeline.shard_plan import listed_tables, refuse_repeated
 
 READERS = 16  # objects read at once for a unit
@@ -143,11 +143,10 @@ def _sharded_pictures(source: dict[str, Any], planned: Sequence[dict[str, Any]],
 
 def _sharded_picture(row: dict[str, Any], boxes: BoxSource, read: Callable[[], bytes],
                      earlier: Mapping[str, AnnotatedPicture] = MappingProxyType({})) -> PictureToAnnotate:
-    names = ("key", "image_id", "etag", "sha256", "width", "height")
     found = earlier.get(row["key"])
     # why a picture was refused when it was sharded can be mended without another byte in it
     kept = found if found is not None and found.status != REJECTED else None
-    return PictureToAnnotate({name: row[name] for name in names}, read, functools.partial(boxes, row), kept)
+    return PictureToAnnotate({name: row[name] for name in PICTURE}, read, functools.partial(boxes, row), kept)
 
 
 def _next_bytes(stored: Iterator[dict[str, Any]], key: str) -> bytes:
@@ -163,8 +162,7 @@ def bytes_of(row: dict[str, Any]) -> bytes:
 
 def _plain_picture(planned: dict[str, Any], boxes: BoxSource, read: Callable[[], bytes],
                    earlier: Mapping[str, AnnotatedPicture]) -> PictureToAnnotate:
-    picture = {"key": planned["key"], "image_id": None, "etag": planned["etag"], "sha256": None,
-               "width": None, "height": None}
+    picture = dict.fromkeys(PICTURE) | {name: planned[name] for name in ("key", "etag")}
     return PictureToAnnotate(picture, read, functools.partial(boxes, picture), earlier.get(planned["key"]))
 
 

@@ -274,12 +274,12 @@ def _noting(pieces: Iterable[bytes], content: "hashlib._Hash") -> Iterator[bytes
 
 def _planned_pictures(output: str, job: FrozenJob, source: dict[str, Any], by: str) -> Iterator[pa.Table]:
     """The plan's pictures (PICTURE_SCHEMA), each by what the boxes call it; without an image id none can be meant."""
+    dataset = None if by == KEY else shards.open_shards_once(source["uri"], source["version"])
+    parts = {} if dataset is None else {part.name: part for part in dataset.parts}
     for unit, table in read_units(output, job, range(job.num_units)):
-        picture = "key"
-        if by != KEY:
-            dataset, picture = shards.open_shards_once(source["uri"], source["version"]), "image_id"
-            part = next(part for part in dataset.parts if part.name == table["part"][0].as_py())
-            table = table.select(["key"]).join(shards.read_part_columns(dataset, part, ["key", "image_id"]), "key")
+        if dataset is not None:
+            ids = shards.read_part_columns(dataset, parts[table["part"][0].as_py()], ["key", "image_id"])
+            table = table.select(["key"]).join(ids, "key")
             table = table.filter(table["image_id"].is_valid())
-        yield pa.table([table[picture].cast(pa.string()), table["key"], pa.array([unit] * len(table), pa.int64())],
+        yield pa.table([table[by].cast(pa.string()), table["key"], pa.array([unit] * len(table), pa.int64())],
                        schema=PICTURE_SCHEMA)

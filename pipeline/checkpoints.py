@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.model.settings import SPEC_FILE
 
 logger = logging.getLogger("pipeline.checkpoints")
 FOLDER = "_checkpoints"
 STATE_FILE = "state.pt"
-SPEC_FILE = "model.json"
 NAME = re.compile(r"iteration-(\d{7,})")
 
 

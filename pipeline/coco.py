@@ -46,13 +46,12 @@ class AnnotatedImage:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A whole annotation file: pictures by file name, and the one category with keypoints.
+    """A whole annotation file: pictures by file name, and the skeleton of the one category with keypoints.
 
     counts  how many entries met each of the fates that `parse_annotations` lists; every fate is always there.
     """
 
     skeleton: Skeleton
-    category: dict[str, Any]
     images: dict[str, AnnotatedImage]
     counts: dict[str, int]
 
@@ -93,7 +92,6 @@ def parse_annotations(data: bytes, *, source: str) -> Annotations:
     counts["images"] = len(images)
     return Annotations(
         skeleton=skeleton,
-        category=category,
         images={
             image["file_name"]: AnnotatedImage(image_id, **image, persons=tuple(persons[image_id]))
             for image_id, image in images.items()
@@ -129,14 +127,17 @@ def coco_json(images: Iterable[AnnotatedImage], skeleton: Skeleton) -> dict[str,
         "annotations": [
             _person_json(person, image.image_id, skeleton.num_joints) for image in images for person in image.persons
         ],
-        "categories": [
-            {
-                "id": PERSON_CATEGORY,
-                "name": "person" if skeleton in (COCO17, MPII16) else skeleton.name,
-                "keypoints": list(skeleton.joints),
-                "skeleton": [[a + 1, b + 1] for a, b in skeleton.edges],  # COCO counts from 1
-            }
-        ],
+        "categories": [category_json(skeleton)],
+    }
+
+
+def category_json(skeleton: Skeleton) -> dict[str, Any]:
+    """The entry of `categories` that describes a skeleton; `skeleton_from_category` reads it."""
+    return {
+        "id": PERSON_CATEGORY,
+        "name": "person" if skeleton in (COCO17, MPII16) else skeleton.name,
+        "keypoints": list(skeleton.joints),
+        "skeleton": [[a + 1, b + 1] for a, b in skeleton.edges],  # COCO counts from 1
     }
 
 

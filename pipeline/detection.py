@@ -83,7 +83,7 @@ class Detector:
                 yield self._persons(output, ratio)
 
     def _run(self, pixels: Array) -> Array:
-        """[n, 3549, 85] for the pixels uint8 [n, 416, 416, 3] of n pictures, n at most the batch."""
+        """[n, cells of all grids, 5 + classes] for uint8 [n, height, width, 3] of n pictures, n at most the batch."""
         missing = (self.input.batch or len(pixels)) - len(pixels)
         blob = np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))).transpose(0, 3, 1, 2).astype(np.float32)
         outputs = self._forward(blob)

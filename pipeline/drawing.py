@@ -1,7 +1,6 @@
 """Skeletons over pictures, and contact sheets: pixels and joints in, pixels out."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.export import joint_array
-from pipeline.pose.skeleton import Skeleton
+from pipeline.pose.skeleton import Skeleton, joint_words
 
 Image = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
@@ -85,9 +84,8 @@ def draw_persons(image_bgr: Image, joints_xy: Array, joint_scores: Array, skelet
 
 def joint_side(name: str) -> str:
     """"left", "right" or "middle", by the joint's name."""
-    words = re.findall(r"[Ll]eft|[Rr]ight|[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     sides = {"left": "left", "l": "left", "right": "right", "r": "right"}
-    return next((sides[word.lower()] for word in words if word.lower() in sides), "middle")
+    return next((sides[word] for word in joint_words(name) if word in sides), "middle")
 
 
 def contact_sheet(images_bgr: Sequence[Image], *, columns: int = 4,

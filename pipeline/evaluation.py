@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from pipeline.coco import PERSON_CATEGORY
 from pipeline.errors import DataError
 from pipeline.export import coco_results, joint_array, person_rows
+from pipeline.export.persons import box_array
 from pipeline.pose.skeleton import Skeleton
 
 # the order of COCOeval's `stats` for keypoints
@@ -269,14 +270,13 @@ def _match_by_box(persons: pa.Table, truth: _Truth) -> tuple[npt.NDArray[np.int6
     The box too, because with detections box_id is an index, which may happen to be some annotation's id.
     """
     box_ids = persons["box_id"].fill_null(-1).to_numpy()
-    boxes = np.stack([np.asarray(persons[f"box_{side}"].to_numpy(), np.float64) for side in "xywh"], axis=1)
     if not len(truth.ids):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     by_id = np.argsort(truth.ids, kind="stable")
     nearest = by_id[np.minimum(np.searchsorted(truth.ids[by_id], box_ids), len(truth.ids) - 1)]
     same = truth.ids[nearest] == box_ids
     same &= truth.annotation_images[nearest] == persons["image_id"].to_numpy()
-    same &= (np.abs(truth.boxes_xywh[nearest] - boxes) <= SAME_BOX_PX).all(axis=1)
+    same &= (np.abs(truth.boxes_xywh[nearest] - box_array(persons)) <= SAME_BOX_PX).all(axis=1)
     return np.flatnonzero(same), nearest[same]
 
 

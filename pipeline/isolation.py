@@ -45,13 +45,13 @@ _MAX_TEXT = 1 << 20  # of a reply that isn't pixels
 class IsolatedDecoder:
     """Pictures read in a child process, which starts with the first one, serves many, and is replaced when it dies.
 
-    limits        as for `read_header` and `decode_picture`
-    seconds       for one picture, wall time
-    memory_bytes  how much the child may allocate beyond what it has after its start (RLIMIT_DATA). By default
-                  32 for each pixel of the limit (17 are the most that a format was seen to need: GIF and AVIF)
-                  and 4 for each byte. Less is dangerous: OpenCV calls a picture corrupt where memory fails it.
-    decoder       the module that the child imports, with `read_header` and `decode_picture` as pipeline.images has
+    limits   as for `read_header` and `decode_picture`
+    seconds  for one picture, wall time
+    decoder  the module that the child imports, with `read_header` and `decode_picture` as pipeline.images has
 
+    Beyond what it has after its start the child may allocate `memory_bytes` (RLIMIT_DATA): 32 for each pixel of the
+    limit (17 are the most that a format was seen to need: GIF and AVIF) and 4 for each byte. Less would be dangerous:
+    OpenCV calls a picture corrupt where memory fails it.
     Refused beyond what they refuse: `decoder_crash`, when the child dies, takes too long, or runs out of its
     memory. That counts only in a new child: in one that has served before, the picture is tried once more in a
     new one, so that what becomes of a picture doesn't follow from its predecessors.
@@ -65,14 +65,13 @@ class IsolatedDecoder:
         limits: PictureLimits = DEFAULT_LIMITS,
         *,
         seconds: float = 60.0,
-        memory_bytes: int | None = None,
         decoder: str = "pipeline.images",
     ) -> None:
-        if seconds <= 0 or (memory_bytes is not None and memory_bytes <= 0):
-            raise ValueError(f"a decoder needs time and memory, but was given {seconds} s and {memory_bytes} bytes")
+        if seconds <= 0:
+            raise ValueError(f"a decoder needs time, but was given {seconds} s")
         self.limits = limits
         self.seconds = seconds
-        self.memory_bytes = memory_bytes or 32 * limits.max_pixels + 4 * limits.max_bytes
+        self.memory_bytes = 32 * limits.max_pixels + 4 * limits.max_bytes
         self.decoder = decoder
         self._child: _Child | None = None
         self._lock = threading.Lock()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -19,12 +18,13 @@ from pipeline.ahead import THREADS, map_ahead
 from pipeline.errors import DataError
 from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import Skeleton
-from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_table
+from pipeline.rows import ROW_VERSION, AnnotatedPicture, count_rows, keypoint_schema, keypoint_table
 from pipeline.units import FrozenJob, open_job, part_footers, total_counts
 
 logger = logging.getLogger("pipeline.keypoints")
 FOLDER = "keypoints"
 SUCCESS = "_SUCCESS"
+MODEL_FOLDER = "_model"
 BYTES_AHEAD = 256_000_000  # of parts that are read before they are needed
 FRAME = "pixels of the stored picture after its EXIF orientation; x right, y down; pixel centres at integers"
 MEGVII = Decoding()
@@ -166,12 +166,10 @@ def _stored_part(uri: str, name: str, columns: Sequence[str] | None) -> tuple[di
 def read_keypoints(uri: str, *, without: Collection[str] = ()) -> tuple[pa.Table, KeypointMetadata]:
     """The rows that are committed so far, sorted by (key, person_index), and what they say of themselves.
 
-    Columns that are named in `without` are not read. Refused and warned of as by `open_keypoints`.
+    Columns that are named in `without` are not read. Refused and warned of as by `open_keypoints` and `read_parts`.
     """
     parts = open_keypoints(uri)
-    filesystem, path = storage.arrow_filesystem(storage.join(parts.uri, FOLDER))
-    fragments = ds.dataset([f"{path}/{name}" for name in parts.names], filesystem=filesystem, format="parquet")
-    poses = [pose_metadata(fragment.metadata) for fragment in fragments.get_fragments()]
-    table = fragments.to_table(columns=[name for name in fragments.schema.names if name not in without])
-    table = table.sort_by([("key", "ascending"), ("person_index", "ascending")])
-    return table, replace(parts.metadata, counts=total_counts(pose["counts"] for pose in poses))
+    columns = [name for name in keypoint_schema(parts.metadata.skeleton).names if name not in without]
+    _, counts, tables = zip(*read_parts(parts, parts.names, columns), strict=True)
+    table = pa.concat_tables(tables).sort_by([("key", "ascending"), ("person_index", "ascending")])
+    return table, replace(parts.metadata, counts=total_counts(counts))

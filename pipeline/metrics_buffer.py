@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -45,7 +46,7 @@ class MetricsBuffer:
 
     def first(self, count: int) -> list[LoggedMetric]:
         """The oldest ones, which still wait until `forget`."""
-        return [self.waiting[index] for index in range(min(count, len(self.waiting)))]
+        return list(islice(self.waiting, count))
 
     def forget(self, count: int) -> None:
         """The oldest ones have been sent."""
@@ -93,6 +94,5 @@ def stored_metrics(output: str) -> list[LoggedMetric]:
 
 
 def _files(output: str) -> list[str]:
-    folder = storage.join(output, FOLDER)
-    return [storage.join(folder, found.name) for found in storage.list_objects(folder)
+    return [found.uri for found in storage.list_objects(storage.join(output, FOLDER))
             if found.name.startswith("unsent-")]

@@ -8,8 +8,9 @@ from pathlib import Path
 from pipeline import model_registry, storage
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError
+from pipeline.model.settings import SPEC_FILE, WEIGHTS_FILE
 
-FILES = ("model.safetensors", "model.json")  # the specification last: it makes the directory whole
+FILES = (WEIGHTS_FILE, SPEC_FILE)  # the specification last: it makes the directory whole
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FoundModel:
     @property
     def run_id(self) -> str | None:
         """The MLflow run that trained it, as the model itself says; None where it doesn't."""
-        run_id: str | None = json.loads((self.directory / FILES[-1]).read_text()).get("source", {}).get("run_id")
+        run_id: str | None = json.loads((self.directory / SPEC_FILE).read_text()).get("source", {}).get("run_id")
         return run_id
 
     @property
@@ -47,7 +48,7 @@ def find_model(reference: str, *, settings: TrackingConfig, into: Path, asked_by
     uri = storage.normalise(reference)
     if storage.is_remote(uri):
         return FoundModel(download_model(uri, into), uri, None)
-    if not (Path(uri) / FILES[-1]).is_file():
+    if not (Path(uri) / SPEC_FILE).is_file():
         raise ConfigError(f"{asked_by} {reference}: no model directory is there (expected {' and '.join(FILES)}). "
                           "Give the --output of train or import-model, runs:/... or models:/name@alias.")
     return FoundModel(Path(uri), uri, None)

@@ -17,12 +17,12 @@ from typing import Any
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.model.settings import SPEC_FILE
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import prediction_columns
 from pipeline.tracking import located, mlflow_errors, open_client, open_run
 
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
-SPEC_FILE = "model.json"
 SHA256_TAG = "sha256."  # a version's tag for each file of its model directory
 REQUIREMENTS = ("numpy", "opencv-python-headless", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml",
                 "safetensors", "torch")

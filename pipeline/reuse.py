@@ -110,8 +110,7 @@ class KnownPictures:
     """
 
     def __init__(self, output: str) -> None:
-        job = open_job(output)
-        assert job is not None
+        job = open_earlier(output)
         committed = sorted(committed_units(output, keypoints.FOLDER, job))
         found: dict[str, list[Hashes]] = {name: [np.empty(0, np.uint64)] for name in ("sha256", "etag")}
         for _, table in read_units(output, job, committed):

@@ -16,6 +16,7 @@ from pipeline.pose.skeleton import Skeleton
 
 ROW_VERSION = 1
 OK, NO_PERSON, REJECTED = "ok", "no_person", "rejected"
+PICTURE = ("key", "image_id", "etag", "sha256", "width", "height")  # what is known of a picture, whatever became of it
 
 # One planned picture. `sha256` is known for a shard dataset alone, and so is `part`, the shard that holds the picture.
 PLAN_SCHEMA = pa.schema([
@@ -65,7 +66,7 @@ class Boxes:
 class AnnotatedPicture:
     """What became of one picture. `joints_xy` float32 [n, K, 2] in picture pixels, `joint_scores` float32 [n, K]."""
 
-    picture: dict[str, Any]  # key, image_id, etag, sha256, width, height
+    picture: dict[str, Any]  # the values of PICTURE
     status: str
     reason: str | None = None
     error: str | None = None
@@ -130,7 +131,7 @@ def pictures_of_table(table: pa.Table, skeleton: Skeleton) -> Iterator[Annotated
 
 def _picture_of_rows(rows: Sequence[dict[str, Any]], joints: np.ndarray[Any, Any]) -> AnnotatedPicture:
     first = rows[0]
-    picture = {name: first[name] for name in ("key", "image_id", "etag", "sha256", "width", "height")}
+    picture = {name: first[name] for name in PICTURE}
     if first["status"] != OK:
         return AnnotatedPicture(picture, first["status"], first["reason"], first["error"])
     boxes = Boxes(np.array([row["box_id"] for row in rows], np.int64),

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureRefused, decode_picture
 from pipeline.patience import waited_out
-from pipeline.pose.augment import Augmentation, TrainingSample, sample_generator, training_sample
+from pipeline.pose.augment import Augmentation, TrainingSample, sample_generator, seeded_generator, training_sample
 from pipeline.pose.skeleton import Skeleton
 from pipeline.shards import ShardDataset, is_trainable, read_part
 
@@ -68,7 +68,7 @@ class SampleRecipe:
 
 def shard_order(num_parts: int, *, seed: int, epoch: int) -> list[int]:
     """The order of the shards in an epoch."""
-    order: list[int] = _generator(seed, epoch).permutation(num_parts).tolist()
+    order: list[int] = seeded_generator(seed, epoch).permutation(num_parts).tolist()
     return order
 
 
@@ -103,7 +103,7 @@ def person_order(persons_per_picture: Sequence[int], *, seed: int, epoch: int,
     for all its persons. Each picture's n persons come at equal distances, an n-th of the window apart, from a random
     place on: merely shuffled, each 32 persons of COCO would hold a pair from one picture (benchmarks/train_input.py).
     """
-    generator = _generator(seed, epoch, part)
+    generator = seeded_generator(seed, epoch, part)
     pictures = generator.permutation([index for index, count in enumerate(persons_per_picture) if count])
     windows = []
     for start in range(0, len(pictures), WINDOW_PICTURES):
@@ -149,12 +149,6 @@ def dataset_digest(dataset: ShardDataset) -> str:
     for line in map(repr, [*parts, *sorted((part or "", key) for part, key in dropped)]):
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
-
-
-def _generator(*numbers: int) -> np.random.Generator:
-    # two words for each number, as in pose/augment.py: seeds of varying length could coincide
-    words = np.array(numbers, dtype="<i8").view("<u4")
-    return np.random.default_rng(np.random.SeedSequence(words.tolist()))
 
 
 # --- samples ------------------------------------------------------------------------------------------------------

@@ -170,7 +170,10 @@ def dataset_json(parts: Sequence[ShardPart], *, version: int, skeleton: Skeleton
 
 
 def open_shards(uri: str, version: int | None = None) -> ShardDataset:
-    """The newest version of the shard dataset, or the pinned one. Refuses (DataError) a place that holds none."""
+    """The newest version of the shard dataset, or the pinned one.
+
+    Refuses (DataError) a place that holds none, and a list of dropped rows that isn't the version's own.
+    """
     uri = storage.normalise(uri)
     found = version if version is not None else newest_version(uri)
     try:
@@ -183,7 +186,7 @@ def open_shards(uri: str, version: int | None = None) -> ShardDataset:
                         "Update it.")
     parts = tuple(ShardPart(part["name"], part["sha256"], part["counts"]) for part in values["parts"])
     skeleton = None if values["skeleton"] is None else Skeleton.from_json(values["skeleton"])
-    return ShardDataset(uri, found, parts, skeleton, _dropped(uri, values["dropped"]), values)
+    return ShardDataset(uri, found, parts, skeleton, _dropped(uri, found, values), values)
 
 
 @functools.lru_cache(maxsize=4)
@@ -200,10 +203,10 @@ def newest_version(uri: str) -> int:
     return version
 
 
-def _dropped(uri: str, name: str | None) -> pa.Table:
-    if name is None:
+def _dropped(uri: str, version: int, values: Mapping[str, Any]) -> pa.Table:
+    if values["dropped"] is None:
         return DROPPED.empty_table()
-    return pq.read_table(pa.BufferReader(storage.read_object(storage.join(uri, name))))
+    return pq.read_table(_checked(uri, values["dropped"], values.get("dropped_sha256"), version))
 
 
 def read_part(dataset: ShardDataset, part: ShardPart, columns: Sequence[str] | None = None) -> pa.Table:
@@ -243,15 +246,23 @@ def _streamed_rows(dataset: ShardDataset, part: ShardPart, file: pq.ParquetFile,
 
 
 def _checked_part(dataset: ShardDataset, part: ShardPart) -> pa.BufferReader:
-    uri = storage.join(dataset.uri, FOLDER, part.name)
+    return _checked(dataset.uri, f"{FOLDER}/{part.name}", part.sha256, dataset.version)
+
+
+def _checked(uri: str, name: str, sha256: str | None, version: int) -> pa.BufferReader:
+    """An object of the dataset that a version names; DataError, by name, where it isn't of the SHA-256 that this says.
+
+    None: it says none, as versions of older programs of what they drop.
+    """
+    place = storage.join(uri, name)
     try:
-        data = storage.read_object(uri, own_sha256=False)
-    except storage.ABOUT_THE_OBJECT as error:  # about a part, and so about none of its pictures
-        raise DataError(f"{uri} can't be read ({error}). Restore the object, or shard again.") from None
+        data = storage.read_object(place, own_sha256=False)
+    except storage.ABOUT_THE_OBJECT as error:  # about the dataset, and so about no picture
+        raise DataError(f"{place} can't be read ({error}). Restore the object, or shard again.") from None
     found = hashlib.sha256(data).hexdigest()
-    if found != part.sha256:
-        raise DataError(f"{uri} is damaged: its SHA-256 is {found[:16]}..., but {version_name(dataset.version)} says "
-                        f"{part.sha256[:16]}.... Restore the object, or shard again.")
+    if sha256 is not None and found != sha256:
+        raise DataError(f"{place} is damaged: its SHA-256 is {found[:16]}..., but {version_name(version)} says "
+                        f"{sha256[:16]}.... Restore the object, or shard again.")
     return pa.BufferReader(data)
 
 

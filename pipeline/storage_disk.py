@@ -106,13 +106,13 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 
 def remove(uri: str) -> None:
-    """Remove a probe of our own."""
+    """Remove a temporary of our own, if it is there."""
     try:
         os.unlink(uri)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise StorageError(f"{uri}: removing the probe failed: {error.strerror}. Remove it by hand.") from error
+        raise StorageError(f"{uri}: removing it failed: {error.strerror}. Remove it by hand.") from error
 
 
 def remove_folder(uri: str) -> None:

@@ -187,7 +187,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
 
 def remove(uri: str) -> None:
-    """Remove a probe of our own."""
+    """Remove a temporary of our own, if it is there."""
     bucket, key = _split(uri)
     with contextlib.suppress(ObjectMissing):
         _retried(uri, lambda: _connection().client.delete_object(Bucket=bucket, Key=key))

@@ -120,7 +120,7 @@ class Run:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             kind = "s3" if uri.startswith("s3://") else "local"
-            source = _json({"uri": without_credentials(uri)})
+            source = json.dumps({"uri": without_credentials(uri)})
             dataset = Dataset(name, digest[:MAX_DIGEST], source_type=kind, source=source)
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
@@ -134,10 +134,6 @@ class Run:
     def log_text(self, name: str, text: str) -> None:
         """Keep a text as the artifact `name`."""
         self._send(name, lambda client, run_id: client.log_text(run_id, text, name))
-
-    def log_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Keep a JSON-able dict as the artifact `name`."""
-        self._send(name, lambda client, run_id: client.log_text(run_id, _json(value), name))
 
     def waiting_metrics(self) -> list[LoggedMetric]:
         """The numbers that MLflow doesn't have yet."""
@@ -421,7 +417,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1)

@@ -32,7 +32,6 @@ from pipeline.rows import Boxes, count_rows
 from pipeline.units import FrozenJob, read_unit, refuse_if_begun_again
 
 logger = logging.getLogger("jobs.annotate")
-MODEL_FOLDER = "_model"
 COMMITTED, LOST, THERE, FAILED = "committed", "lost", "there", "failed"
 
 
@@ -167,9 +166,9 @@ def _open_predictor(output: str, job: FrozenJob) -> Predictor:
     if torch.are_deterministic_algorithms_enabled() != intent["deterministic"]:  # to say so imports a compiler: 2 s
         torch.use_deterministic_algorithms(intent["deterministic"])
     with tempfile.TemporaryDirectory() as folder:
-        model = download_model(storage.join(output, MODEL_FOLDER), Path(folder))
+        model = download_model(storage.join(output, keypoints.MODEL_FOLDER), Path(folder))
         if model_digest(model) != intent["model"]:
-            raise DataError(f"{output}/{MODEL_FOLDER} is not the model that this run was begun with. "
+            raise DataError(f"{output}/{keypoints.MODEL_FOLDER} is not the model that this run was begun with. "
                             "Restore it, or choose a new --output.")
         return Predictor(model, backend=intent["backend"], precision=intent["precision"], flip=intent["flip"],
                          batch_size=intent["batch_size"], threads=intent["threads"],

@@ -32,11 +32,12 @@ from pipeline.detection import Detector
 from pipeline.errors import DataError
 from pipeline.images import Pixels
 from pipeline.isolation import open_decoder
-from pipeline.model.directory import SPEC_FILE, ModelSpec, read_spec
+from pipeline.model.directory import ModelSpec, read_spec
+from pipeline.model.settings import SPEC_FILE
 from pipeline.pose.crop import crop_persons
 from pipeline.reuse import EarlierPictures
 from pipeline.rows import OK, AnnotatedPicture, Boxes
-from pipeline.unit_annotator import MODEL_FOLDER, Receipt, failure_receipt, limits_of
+from pipeline.unit_annotator import Receipt, failure_receipt, limits_of
 from pipeline.units import FrozenJob, read_unit
 
 Array = np.ndarray[Any, Any]
@@ -191,8 +192,9 @@ def _open_found(picture: dict[str, Any], image_bgr: Pixels | None, boxes: Boxes,
 
 
 def _read_spec(output: str) -> ModelSpec:
+    uri = storage.join(output, keypoints.MODEL_FOLDER, SPEC_FILE)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / SPEC_FILE).write_bytes(storage.read_object(storage.join(output, MODEL_FOLDER, SPEC_FILE)))
+        (Path(folder) / SPEC_FILE).write_bytes(storage.read_object(uri))
         return read_spec(Path(folder))
 
 

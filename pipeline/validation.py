@@ -22,11 +22,11 @@ from pipeline.images import decode_picture
 from pipeline.patience import waited_out
 from pipeline.pose.skeleton import Skeleton
 from pipeline.prediction import Predictor
-from pipeline.rows import AnnotatedPicture, keypoint_table
+from pipeline.rows import PICTURE, AnnotatedPicture, keypoint_table
 from pipeline.shards import ShardDataset, ShardPart, read_chosen
 
 JOB = "validation"
-COLUMNS = ("key", "etag", "sha256", "image_id", "width", "height", "bytes", "persons", "reason", "error")
+COLUMNS = (*PICTURE, "bytes", "persons", "reason", "error")
 PREVIEWS = 8
 
 
@@ -145,7 +145,7 @@ def _num_persons(row: Mapping[str, Any]) -> int:
 
 
 def _to_annotate(row: dict[str, Any]) -> PictureToAnnotate:
-    picture = {name: row[name] for name in ("key", "image_id", "etag", "sha256", "width", "height")}
+    picture = {name: row[name] for name in PICTURE}
     boxes = annotated_boxes(row["persons"])
     return PictureToAnnotate(picture, lambda: bytes_of(row), lambda width, height: boxes)
 

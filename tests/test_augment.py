@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.pose.augment import (
-    NO_AUGMENTATION,
     Augmentation,
     Draws,
     TrainingSample,
@@ -113,7 +112,7 @@ def test_flipped_joints_are_the_authors(golden: dict[str, np.ndarray]) -> None:
 
 
 def test_without_augmentation_a_sample_is_what_inference_crops() -> None:
-    found = sample(PICTURE, FACE, augmentation=NO_AUGMENTATION)
+    found = sample(PICTURE, FACE, augmentation=None)
     matrix = crop_matrix(region_for_box((60.0, 40.0, 90.0, 150.0), SIZE, padding_wh=PADDING), SIZE)
     np.testing.assert_array_equal(found.crop, crop_person(PICTURE, matrix, SIZE))
     np.testing.assert_allclose(found.joints_xy[:3], joints_to_crop(FACE[:3, :2], matrix), rtol=1e-6)

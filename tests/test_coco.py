@@ -59,7 +59,6 @@ def test_a_person_is_read_to_the_last_digit() -> None:
     expected = Person(7, (10.25, 20.0, 30.0, 40.0), 600.5, False, 2, (12.1, 21.0, 2.0, 13.0, 22.3, 1.0))
     assert annotations.images == {"1.jpg": AnnotatedImage(1, "1.jpg", 100, 80, (expected,))}
     assert annotations.skeleton.joints == ("nose", "tail")
-    assert annotations.category == CATEGORY
     assert annotations.counts == {**dict.fromkeys(FATES, 0), "images": 1, "persons": 1}
 
 

@@ -60,6 +60,14 @@ def test_a_strange_part_doubles_no_person_and_is_named(
     assert "`verify` names each" in caplog.text
 
 
+@pytest.mark.parametrize("read", READERS)
+def test_a_damaged_part_is_named(dataset: Path, read: Any) -> None:
+    damaged = parts_of(dataset)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-20])  # its footer's end is gone
+    with pytest.raises(DataError, match=f"{damaged.name} can't be read.*`verify` says what is wrong with it"):
+        read(dataset)
+
+
 @pytest.mark.parametrize("name", ["part-0000002-{job}.parquet", "part-0000000-{job}.parquet.copy", "notes.txt"])
 def test_only_the_units_of_the_plan_are_the_jobs_own(dataset: Path, name: str) -> None:
     job = open_job(str(dataset))

@@ -174,6 +174,6 @@ def test_an_rgb_model_sees_red_first_and_a_bgr_model_blue() -> None:
     assert seen["RGB"] == pytest.approx([0.8, 0.4, -0.15])
 
 
-def test_normalised_crops_have_the_asked_type() -> None:
-    images = normalise_crops(torch.zeros(2, 96, 64, 3, dtype=torch.uint8), tiny_spec(), dtype=torch.bfloat16)
-    assert (images.dtype, images.shape) == (torch.bfloat16, (2, 3, 96, 64))
+def test_normalised_crops_are_what_a_network_takes() -> None:
+    images = normalise_crops(torch.zeros(2, 96, 64, 3, dtype=torch.uint8), tiny_spec())
+    assert (images.dtype, images.shape) == (torch.float32, (2, 3, 96, 64))

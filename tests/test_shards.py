@@ -6,12 +6,15 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import shards, storage
 from pipeline.coco import AnnotatedImage, Person
 from pipeline.errors import DataError
 from pipeline.images import read_header
+from pipeline.shard_plan import DROPPED
 from pipeline.storage import join, put_if_absent
 
 PERSON = Person(annotation_id=5, box_xywh=(1.5, 2.0, 3.0, 4.25), area=6.5, iscrowd=False, num_keypoints=1,
@@ -115,6 +118,29 @@ def test_a_part_whose_columns_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "shards" / dataset.parts[0].name).write_bytes(b"no Parquet")
     with pytest.raises(DataError, match=dataset.parts[0].name):
         shards.read_part_columns(dataset, dataset.parts[0], ["key"])
+
+
+def drop_first(place: Path) -> str:
+    """Version 2 of a dataset of two rows, without the first; the name of its list of drops."""
+    dataset, name = write_dataset(str(place)), "dropped-000002.parquet"
+    gone = pa.table([[dataset.parts[0].name], ["a.png"], ["request"]], schema=DROPPED)
+    pq.write_table(gone, place / name)
+    sha256 = hashlib.sha256((place / name).read_bytes()).hexdigest()
+    put_if_absent(str(place / "dataset-000002.json"), shards.dataset_json(
+        dataset.parts, version=2, skeleton=None, source={}, counts={"rows": 1}, dropped=(name, sha256)))
+    return name
+
+
+def test_a_list_of_drops_that_is_not_the_versions_own_is_refused_by_name(tmp_path: Path) -> None:
+    name = drop_first(tmp_path)
+    dataset = shards.open_shards(str(tmp_path))
+    assert shards.read_part(dataset, dataset.parts[0])["key"].to_pylist() == ["b.png"]
+    pq.write_table(DROPPED.empty_table(), tmp_path / name)  # else the picture that was taken out would be back
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        shards.open_shards(str(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f"{name} can't be read"):
+        shards.open_shards(str(tmp_path))
 
 
 def test_a_place_without_a_dataset_is_refused(tmp_path: Path) -> None:

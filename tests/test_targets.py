@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.model.settings import ARCHITECTURES, GaussianLoss
-from pipeline.model.targets import KERNELS, TargetPeak, draw_gaussians, draw_targets, gaussian_taps
+from pipeline.model.settings import ARCHITECTURES, GaussianLoss, TargetPeak
+from pipeline.model.targets import KERNELS, draw_gaussians, draw_targets, gaussian_taps
 
 SIZE = (192, 256)
 

@@ -72,7 +72,6 @@ def test_a_run_keeps_what_was_logged(tracking, client):
         run.set_tags({"dataset": "v1"})
         run.log_dataset("people", "s3://user:secret@bucket/shards", digest="d" * 64, context="training")
         run.log_text("notes/report.txt", "AP 0.5")
-        run.log_json("counts.json", {"pictures": 2})
 
     kept = client.get_run(run.run_id)
     assert kept.info.status == "FINISHED"
@@ -84,7 +83,7 @@ def test_a_run_keeps_what_was_logged(tracking, client):
     dataset = kept.inputs.dataset_inputs[0].dataset
     assert (dataset.name, dataset.digest) == ("people", "d" * 36)
     assert json.loads(dataset.source) == {"uri": "s3://bucket/shards"}
-    assert {file.path for file in client.list_artifacts(run.run_id)} == {"notes", "counts.json"}
+    assert {file.path for file in client.list_artifacts(run.run_id)} == {"notes"}
 
 
 def test_artifacts_lie_beside_the_database(tracking, client):
@@ -159,7 +158,6 @@ def test_the_null_run_takes_every_call_and_keeps_nothing(tmp_path, monkeypatch):
         run.log_dataset("d", "/data", digest="0", context="training")
         run.log_picture("p.png", np.zeros((2, 2, 3), np.uint8))
         run.log_text("t.txt", "t")
-        run.log_json("j.json", {})
 
     assert (run.run_id, run.url) == (None, None)
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.coco import PERSON_CATEGORY, coco_json
+from pipeline.coco import PERSON_CATEGORY, category_json
 from pipeline.errors import DataError
 from pipeline.export import text
 from pipeline.export.addresses import picture_address
@@ -64,12 +64,11 @@ def write_cvat(table: pa.Table, skeleton: Skeleton, options: ExportOptions) -> E
 
 def _document(rows: pa.Table, skeleton: Skeleton, options: ExportOptions, *, for_cvat: bool) -> Iterator[str]:
     image_ids = _image_ids(rows)
-    category = coco_json((), skeleton)["categories"]
     yield f'{{"info": {json.dumps({"description": options.model})}, "licenses": [],\n"images": '
     yield from text.listed(_images(rows, image_ids, options))
     yield ',\n"annotations": '
     yield from text.listed(_annotations(rows, image_ids, skeleton, options, for_cvat=for_cvat))
-    yield f',\n"categories": {json.dumps(category)}}}\n'
+    yield f',\n"categories": {json.dumps([category_json(skeleton)])}}}\n'
 
 
 def _images(rows: pa.Table, image_ids: npt.NDArray[np.int64], options: ExportOptions) -> Iterator[pa.Array]:
@@ -138,8 +137,7 @@ def _cvat_labels(rows: pa.Table, skeleton: Skeleton) -> list[dict[str, Any]]:
     """The one label, as CVAT's `Raw` tab takes it: a skeleton whose points have the joints' names."""
     points = [{"name": joint, "type": "points", "attributes": []} for joint in skeleton.joints]
     score = {"name": "score", "input_type": "text", "mutable": False, "values": [""], "default_value": ""}
-    category = coco_json((), skeleton)["categories"][0]
-    return [{"name": category["name"], "type": "skeleton", "attributes": [score], "sublabels": points,
+    return [{"name": category_json(skeleton)["name"], "type": "skeleton", "attributes": [score], "sublabels": points,
              "svg": _skeleton_svg(skeleton, _template(rows, skeleton))}]
 
 

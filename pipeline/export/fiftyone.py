@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.coco import coco_json
+from pipeline.coco import category_json
 from pipeline.export import text
 from pipeline.export.addresses import picture_address
 from pipeline.export.persons import (
@@ -61,7 +61,7 @@ def _document(samples: Iterator[str], skeleton: Skeleton, options: ExportOptions
 
 def _samples(batch: PictureBatch, skeleton: Skeleton, options: ExportOptions) -> pa.Array:
     width, height = (text.numbers(side) for side in batch.sizes_wh.astype(np.int64).T)
-    category = json.dumps(coco_json((), skeleton)["categories"][0]["name"])
+    category = json.dumps(category_json(skeleton)["name"])
     labels = {"label": category, "index": text.numbers(batch.persons["person_index"].to_numpy())}
     boxes = text.gathered(_detections(batch, labels), batch.offsets, ", ")
     poses = text.gathered(_keypoints(batch, labels, skeleton, options), batch.offsets, ", ")

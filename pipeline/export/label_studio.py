@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.coco import coco_json
+from pipeline.coco import category_json
 from pipeline.errors import ConfigError
 from pipeline.export import text
 from pipeline.export.addresses import picture_address
@@ -60,7 +60,7 @@ def interface(skeleton: Skeleton) -> str:
 
 
 def _category(skeleton: Skeleton) -> str:
-    return str(coco_json((), skeleton)["categories"][0]["name"])
+    return str(category_json(skeleton)["name"])
 
 
 def _refuse_no_address(rows: pa.Table, options: ExportOptions) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from pipeline.coco import coco_json
+from pipeline.coco import category_json
 from pipeline.errors import DataError
 from pipeline.export import text
 from pipeline.export.addresses import relative_path
@@ -73,7 +73,7 @@ def _files(rows: pa.Table, skeleton: Skeleton, options: ExportOptions) -> Iterat
 
 
 def _dataset(skeleton: Skeleton) -> dict[str, Any]:
-    name = coco_json((), skeleton)["categories"][0]["name"]
+    name = category_json(skeleton)["name"]
     return {"train": "images", "val": "images", "kpt_shape": [skeleton.num_joints, 3],
             "flip_idx": list(skeleton.flip_order), "names": {0: name}, "kpt_names": {0: list(skeleton.joints)}}
 

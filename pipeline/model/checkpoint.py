@@ -32,8 +32,7 @@ SKELETONS = {17: (COCO17, (192, 256)), 16: (MPII16, (256, 256))}
 LARGE_WH = (288, 384)  # where HRNet's Gaussians are half as wide again
 
 
-def read_checkpoint(path: Path, *, skeleton: Skeleton | None = None,
-                    input_size_wh: tuple[int, int] | None = None) -> tuple[PoseNetwork, ModelSpec]:
+def read_checkpoint(path: Path, *, input_size_wh: tuple[int, int] | None = None) -> tuple[PoseNetwork, ModelSpec]:
     """The network of a published file, in evaluation mode, and the spec that its weights go with.
 
     Architecture, joints and sizes of layers follow from the entries and their shapes. What doesn't: the skeleton (17
@@ -41,7 +40,7 @@ def read_checkpoint(path: Path, *, skeleton: Skeleton | None = None,
     192×256 and 256×256 for these).
     Refused with DataError: a file whose SHA-256 isn't the one in its name, a pickle that asks for more than
     tensors and plain values, entries that are missing, unexpected or of another shape, and a number of joints
-    that no known skeleton has where none is given.
+    that no known skeleton has.
     """
     sha256 = check_name_digest(path)
     if other := OTHER_WAY_IN_NAME.search(path.name):
@@ -50,7 +49,7 @@ def read_checkpoint(path: Path, *, skeleton: Skeleton | None = None,
     tensors = _read_tensors(path)
     layout = find_layout(tensors, str(path))
     seen = seen_settings(tensors, layout)
-    skeleton, usual_wh = _skeleton(seen.pop("num_joints", None), seen.pop("finest"), skeleton, path)
+    skeleton, usual_wh = _skeleton(seen.pop("num_joints", None), seen.pop("finest"), path)
     config = NETWORKS[layout.architecture].config(
         num_joints=skeleton.num_joints, input_size_wh=input_size_wh or _size_in_name(path) or usual_wh, **seen)
     network = build_network(config, _our_weights(tensors, layout, config, path), source=str(path))
@@ -131,21 +130,15 @@ def _our_weights(tensors: Mapping[str, Tensor], layout: Layout, config: NetworkC
     return {name: tensors[there] if there else torch.zeros(ours[name].shape) for name, there in names.items()}
 
 
-def _skeleton(num_joints: int | None, finest: str, given: Skeleton | None,
-              path: Path) -> tuple[Skeleton, tuple[int, int]]:
+def _skeleton(num_joints: int | None, finest: str, path: Path) -> tuple[Skeleton, tuple[int, int]]:
     """The joints' names, and the usual input size."""
     if num_joints is None:
         raise DataError(f"{path}: {finest}, the last heatmaps' weights, is missing: it isn't a whole network. "
                         "Download it again.")
-    if given is None:
-        if num_joints not in SKELETONS:
-            raise DataError(f"{path} has {num_joints} joints, which is neither COCO's 17 nor MPII's 16: "
-                            "give the skeleton that they belong to.")
-        return SKELETONS[num_joints]
-    if given.num_joints != num_joints:
-        raise DataError(f"{path} has {num_joints} joints, but the skeleton {given.name!r} has {given.num_joints}. "
-                        "Give the skeleton that the file was trained for.")
-    return given, SKELETONS.get(num_joints, SKELETONS[17])[1]
+    if num_joints not in SKELETONS:
+        raise DataError(f"{path} has {num_joints} joints, which is neither COCO's 17 nor MPII's 16, and the file "
+                        "doesn't say what they are. Give a checkpoint for one of these.")
+    return SKELETONS[num_joints]
 
 
 def _spec(config: NetworkConfig, layout: Layout, skeleton: Skeleton, *, source: dict[str, Any]) -> ModelSpec:

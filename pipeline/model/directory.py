@@ -35,6 +35,8 @@ from pipeline.model.settings import (
     ARCHITECTURES,
     DEFAULT,
     KNOWN_ARCHITECTURES,
+    SPEC_FILE,
+    WEIGHTS_FILE,
     AnyLoss,
     CoarseToFineLoss,
     Decoding,
@@ -45,8 +47,6 @@ from pipeline.pose.skeleton import Skeleton
 from pipeline.settings import Positive
 
 VERSION = 1  # the newest major version of model.json that this program reads
-SPEC_FILE = "model.json"
-WEIGHTS_FILE = "model.safetensors"
 REMEDY = "Copy the whole directory again, or write it anew with import-model or train."
 
 # ImageNet's, which the authors and MMPose use alike, in the order R, G, B and for values of 0 to 1
@@ -232,8 +232,8 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the network sees of crops: [B, 3, H, W] of a dtype, in the network's channel order.
+def normalise_crops(crops: Tensor, spec: ModelSpec) -> Tensor:
+    """What the network sees of crops: float32 [B, 3, H, W], in the network's channel order.
 
     crops  uint8 [B, H, W, 3] BGR, on any device
     """
@@ -241,7 +241,7 @@ def normalise_crops(crops: Tensor, spec: ModelSpec, *, dtype: torch.dtype = torc
     ordered = channels if spec.colour == "BGR" else channels.flip(1)
     mean, std = (torch.tensor(values, device=crops.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     # in the order in which the authors compute it, so that rounding is the same
-    return ordered.contiguous().float().div(255).sub(mean).div(std).to(dtype)
+    return ordered.contiguous().float().div(255).sub(mean).div(std)
 
 
 def _spec_text(spec: ModelSpec) -> str:

@@ -3,19 +3,17 @@
 It knows heatmaps, joints and visibilities; not where they come from.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.model.settings import CoarseToFineLoss, GaussianLoss
+from pipeline.model.settings import CoarseToFineLoss, GaussianLoss, Occluded
 from pipeline.model.targets import KERNELS, draw_gaussians, draw_targets
 
 COARSE_WEIGHT = 0.25  # of each plain head
 OHKM_JOINTS = 8  # the authors' number of hard joints
 UNITS = 4
-
-Occluded = Literal["suppress", "supervise"]
 
 
 class LossTerms(NamedTuple):

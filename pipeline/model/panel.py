@@ -65,9 +65,9 @@ class Panel:
         elif module in self:
             self.ways += group(f"{self.name}.{module}", [path(points, kind, tip=tip)])
 
-    def fork(self, x: float, y: float, kind: str = "flow") -> None:
+    def fork(self, x: float, y: float) -> None:
         """Where arrows part or meet."""
-        self.boxes.append(dot(x, y, f"{kind}-tip"))
+        self.boxes.append(dot(x, y, "flow-tip"))
 
     def label(self, x: float, y: float, words: str, *, module: str) -> None:
         """What a module that is handed over is called."""

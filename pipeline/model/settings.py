@@ -17,6 +17,7 @@ from pipeline.settings import Count, Positive, Settings
 Four = tuple[Count, Count, Count, Count]
 SizeWH = tuple[Count, Count]
 DEFAULT = "mspn"
+SPEC_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"  # of a model directory
 BELOW = "with the settings from here on"
 
 
@@ -115,15 +116,18 @@ class HourglassSettings(NetworkSettings):
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
+Occluded = Literal["suppress", "supervise"]
+TargetPeak = Literal["maximum", "joint"]
+
+
 class CoarseToFineLoss(Settings):
     """MSPN's and RSN's. `occluded: suppress` is the authors': occluded joints are driven to zero on coarse heads."""
 
     kind: Literal["coarse-to-fine"] = Field("coarse-to-fine", description=BELOW)
     ohkm_joints: int = Field(8, ge=1)
-    occluded: Literal["suppress", "supervise"] = "suppress"
-    target_peak: Literal["maximum", "joint"] = Field(
+    occluded: Occluded = "suppress"
+    target_peak: TargetPeak = Field(
         "maximum", description="what is 255 in a target: its highest cell, or the joint's own")
-
 
     @property
     def margin_px(self) -> int:

@@ -4,20 +4,17 @@ A drawn sample is a megabyte, its joints are some hundred bytes: joints travel, 
 """
 
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.model.settings import GaussianLoss
+from pipeline.model.settings import GaussianLoss, TargetPeak
 
 KERNELS = (15, 11, 9, 7, 5)  # the authors' blur sizes in cells, wide to narrow
 PEAK = 255.0
 STRIDE = 4  # input pixels for each cell of a heatmap
-
-TargetPeak = Literal["maximum", "joint"]
 
 # OpenCV's own tables for small kernels. Its formula, used from 11 on, would give other numbers.
 FIXED_TAPS = {
@@ -30,8 +27,8 @@ FIXED_TAPS = {
 
 
 def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, int], *,
-                 kernels: tuple[int, ...] = KERNELS, peak: TargetPeak = "maximum") -> Tensor:
-    """The targets [B, len(kernels), K, H/4, W/4] float32 on the joints' device; 0 to 255.
+                 peak: TargetPeak = "maximum") -> Tensor:
+    """The targets [B, 5, K, H/4, W/4] float32 on the joints' device, one for each of KERNELS; 0 to 255.
 
     joints_xy  [B, K, 2] in input pixels
     visible    [B, K]: a joint of 0 or -1 gets an empty map, and so does one outside of the input
@@ -47,8 +44,8 @@ def draw_targets(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int, i
     size = torch.tensor((width, height), device=cells.device)
     drawn = (visible >= 1) & ((cells >= 0) & (cells < size)).all(dim=-1)
     x, y = cells.clamp_min(0).minimum(size - 1).unbind(dim=-1)
-    across = _profiles(width, kernels, peak, joints_xy.device)[:, x].transpose(0, 1)  # [B, kernels, K, w]
-    down = _profiles(height, kernels, peak, joints_xy.device)[:, y].transpose(0, 1)
+    across = _profiles(width, peak, joints_xy.device)[:, x].transpose(0, 1)  # [B, 5, K, w]
+    down = _profiles(height, peak, joints_xy.device)[:, y].transpose(0, 1)
     down = down * (PEAK * drawn)[:, None, :, None]
     return down[..., :, None] * across[..., None, :]
 
@@ -90,9 +87,9 @@ def gaussian_taps(kernel: int) -> npt.NDArray[np.float64]:
 
 
 @lru_cache(maxsize=32)
-def _profiles(length: int, kernels: tuple[int, ...], peak: TargetPeak, device: torch.device) -> Tensor:
-    """[kernels, length, length] float32: row c is a blurred 1 in cell c, its highest value (or that in cell c) 1."""
-    profiles = np.stack([_blurred_deltas(length, kernel) for kernel in kernels])
+def _profiles(length: int, peak: TargetPeak, device: torch.device) -> Tensor:
+    """[5, length, length] float32: row c is a blurred 1 in cell c, its highest value (or that in cell c) 1."""
+    profiles = np.stack([_blurred_deltas(length, kernel) for kernel in KERNELS])
     joints_own = profiles.diagonal(axis1=1, axis2=2)[..., None]
     profiles = profiles / (joints_own if peak == "joint" else profiles.max(axis=-1, keepdims=True))
     with torch.inference_mode(mode=False):  # it is kept, and may be asked for next by training

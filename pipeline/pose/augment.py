@@ -6,7 +6,7 @@ on (seed, epoch, annotation id) alone: not on the worker, the order, or what bec
 
 from dataclasses import dataclass, fields
 from statistics import NormalDist
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +70,6 @@ class Augmentation:
     flip_probability: float = 0.5
 
 
-NO_AUGMENTATION: Final = None  # the test-time region, nothing random
-
-
 @dataclass(frozen=True)
 class Draws:
     """The uniform numbers in [0, 1) that decide a sample, in the order in which they are drawn.
@@ -112,8 +109,13 @@ class TrainingSample:
 
 def sample_generator(seed: int, epoch: int, annotation_id: int) -> np.random.Generator:
     """The generator of one sample: the same on any machine, another for another seed, epoch or annotation."""
+    return seeded_generator(seed, epoch, annotation_id)
+
+
+def seeded_generator(*numbers: int) -> np.random.Generator:
+    """The generator that some 64-bit numbers stand for: the same on any machine, another for any other numbers."""
     # Two words for each number: seeds of varying length could coincide.
-    words = np.array([seed, epoch, annotation_id], dtype="<i8").view("<u4")
+    words = np.array(numbers, dtype="<i8").view("<u4")
     return np.random.default_rng(np.random.SeedSequence(words.tolist()))
 
 

@@ -159,10 +159,10 @@ _COCO_SIGMAS = dict(zip(COCO17.joints, COCO17.sigmas, strict=True))
 
 
 def _sigma_of(joint: str) -> float:
-    return _COCO_SIGMAS.get("_".join(_words(joint)), UNKNOWN_SIGMA)
+    return _COCO_SIGMAS.get("_".join(joint_words(joint)), UNKNOWN_SIGMA)
 
 
-def _words(joint: str) -> list[str]:
+def joint_words(joint: str) -> list[str]:
     """A joint's name as lower-case words: `LeftElbow`, `left-elbow` and `leftelbow` are all left, elbow."""
     words = re.findall(r"[Ll]eft|[Rr]ight|[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", joint)
     return [word.lower() for word in words]
@@ -205,7 +205,7 @@ def skeleton_from_category(category: Mapping[str, Any]) -> Skeleton:
         edges=_edges(category),
         flip_pairs=_flip_pairs(joints),
         sigmas=tuple(_sigma_of(joint) for joint in joints),
-        upper_body=tuple(i for i, joint in enumerate(joints) if not LOWER_BODY_WORDS & set(_words(joint))),
+        upper_body=tuple(i for i, joint in enumerate(joints) if not LOWER_BODY_WORDS & set(joint_words(joint))),
     )
 
 
@@ -236,7 +236,7 @@ def _edges(category: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _flip_pairs(joints: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    ids = {tuple(_words(joint)): joint_id for joint_id, joint in enumerate(joints)}
+    ids = {tuple(joint_words(joint)): joint_id for joint_id, joint in enumerate(joints)}
     pairs = []
     for words, joint_id in ids.items():
         partner = ids.get(tuple(MIRRORED_WORDS.get(word, word) for word in words))

@@ -1,9 +1,7 @@
 """Where a keypoint dataset's pictures are now: bytes by key, pixels that are the ones that were annotated."""
 
 import hashlib
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +12,6 @@ from pipeline.ahead import map_ahead
 from pipeline.annotation_input import LIST, SHARDS, describe_input
 from pipeline.drawing import Image
 from pipeline.images import PictureRefused
-
-NUM_LISTING_THREADS = 16
 
 PictureReader = Callable[[str], bytes]
 Fetched = bytes | PictureRefused | storage.StorageError
@@ -65,18 +61,13 @@ def _not_sharded(dataset: shards.ShardDataset) -> PictureReader:
     return read
 
 
-def _sharded_pictures(dataset: shards.ShardDataset,
-                      keys: Collection[str]) -> Iterator[tuple[str, bytes | None]]:
+def _sharded_pictures(dataset: shards.ShardDataset, keys: Collection[str]) -> Iterator[tuple[str, bytes | None]]:
     """Key and bytes of the wanted pictures; of the other shards only the keys are read."""
     wanted = pa.array(sorted(keys), pa.string())
 
-    def holds(part: shards.ShardPart) -> bool:
-        listed = shards.read_part_columns(dataset, part, ["key"])
-        return bool(pc.any(pc.is_in(listed["key"], wanted)).as_py())
-
-    with ThreadPoolExecutor(NUM_LISTING_THREADS) as threads:
-        held = list(threads.map(holds, dataset.parts))
-    for part in itertools.compress(dataset.parts, held):
+    holding = [part for part, listed in shards.read_columns(dataset, ["key"])
+               if pc.any(pc.is_in(listed["key"], wanted)).as_py()]
+    for part in holding:
         rows = shards.read_part_columns(dataset, part, ["key", "bytes"])
         for row in rows.filter(pc.is_in(rows["key"], wanted)).to_pylist():
             yield row["key"], row["bytes"]

@@ -27,7 +27,7 @@ NUM_DRAWN = 2000  # persons drawn by chance, from which the quarters are cut: th
 
 @dataclass(frozen=True)
 class _Pictures:
-    """P pictures of one part, in the order of their rows: keys, status, number of persons, place in the draw [P]."""
+    """P pictures of one part, in order: first rows, keys, status, numbers of persons, places in the draw, all [P]."""
 
     part: str
     starts: Array
