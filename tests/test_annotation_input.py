@@ -28,6 +28,14 @@ def test_a_folder_is_planned_in_the_order_of_names(tmp_path: Path) -> None:
     assert plan(source) == [["a", "b"], ["c"]]
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_units_are_as_large_as_was_asked_for_however_a_listing_comes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("pipeline.shard_plan.ROWS_AT_ONCE", 3)
+    source = write_names(tmp_path, *"abcdefgh")
+    assert plan(source, size=size) == [list("abcdefgh"[first:first + size]) for first in range(0, 8, size)]
+
+
 def test_a_limit_takes_the_first_pictures(tmp_path: Path) -> None:
     source = write_names(tmp_path, *"abcde")
     assert plan(source, limit=3) == [["a", "b"], ["c"]]
