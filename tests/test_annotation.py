@@ -1,5 +1,7 @@
 """One unit of pictures, without Ray: boxes, batches, joints in picture pixels, rows."""
 
+import hashlib
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,12 @@ def test_a_box_that_reaches_over_the_border_is_kept_as_it_is() -> None:
 def test_a_box_that_only_touches_the_picture_from_outside_is_refused() -> None:
     touching = boxes((10, 0, 5, 5), (0, 20, 5, 5), (-5, 0, 5, 5), (0, -5, 5, 5), (9, 19, 5, 5))
     assert usable_boxes(touching, 10, 20).ids.tolist() == [4]
+
+
+def test_the_digest_of_boxes_stays_as_old_outputs_have_it() -> None:
+    two = boxes((1, 2, 3, 4), (5, 6, 7, 8), scores=[0.5, 0.25])
+    content = struct.pack("<2q8d2d", 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, 0.25)
+    assert two.digest() == hashlib.sha256(content).hexdigest()[:16]
 
 
 def test_annotated_boxes_are_all_but_the_crowds_also_without_keypoints() -> None:

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, DataError, ObjectChanged
 from pipeline.frozen_boxes import SpreadBoxes, read_unit_boxes
 from pipeline.storage import put_if_absent
 from pipeline.units import FrozenJob, freeze_job
+from tests.made_detector import detector_bytes
 
 PREFIX = {"kind": "prefix", "uri": "/pictures"}
 
@@ -67,6 +68,20 @@ def test_boxes_by_image_id_are_refused_where_pictures_have_none(tmp_path: Path) 
     with (pytest.raises(ConfigError, match="column `key`"),
           choose_boxes(AskedBoxes(str(tmp_path / "d.json")), PREFIX, str(tmp_path / "out"))):
         pass
+
+
+@pytest.mark.parametrize(("asked", "begun", "reused", "backend"), [
+    ("auto", None, None, "at hand"), ("auto", "opencv", None, "opencv"), ("auto", None, "opencv", "opencv"),
+    ("auto", "first", "second", "first"), ("opencv", "first", "second", "opencv")])
+def test_a_detectors_backend_that_is_left_open_is_that_of_the_run_that_goes_on_or_is_copied(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, begun: str | None, reused: str | None,
+        backend: str) -> None:
+    monkeypatch.setattr("pipeline.boxes.choose_backend", lambda asked: "at hand" if asked == "auto" else asked)
+    (tmp_path / "d.onnx").write_bytes(detector_bytes())
+    jobs = [one and FrozenJob("", {}, {"boxes": {"backend": one}}, {}, {}) for one in (begun, reused)]
+    with choose_boxes(AskedBoxes("detect", detector=str(tmp_path / "d.onnx"), detector_backend=asked), PREFIX,
+                      str(tmp_path / "out"), jobs[0], reused=jobs[1]) as chosen:
+        assert chosen.choice.detector["backend"] == backend
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------------

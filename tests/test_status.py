@@ -98,6 +98,19 @@ def test_a_shard_run_that_was_cut_short_says_how_many_parts_are_there(tmp_path: 
     assert (found["kind"], found["state"], found["done"]) == ("shard", "stopped", len(parts) - 1)
 
 
+def test_a_shard_run_that_was_cut_short_while_a_dataset_grew_leaves_the_older_version_counted(tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "in", count=4) / "images"
+    asked = ShardConfig(images=str(images), output=str(tmp_path / "out"), images_per_shard=2, tracking=NO_TRACKING)
+    shard.run(asked)
+    shutil.copy(images / "000001.jpg", images / "later.jpg")
+    shard.run(asked)
+    assert status.run(StatusConfig(output=str(tmp_path / "out")))["counts"]["pictures"] == 5
+    (tmp_path / "out" / "dataset-000002.json").unlink()
+    found = status.run(StatusConfig(output=str(tmp_path / "out")))
+    assert (found["state"], found["units"], found["done"]) == ("stopped", 1, 1)
+    assert found["counts"]["pictures"] == 4
+
+
 def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no annotate or shard run was begun there"):
         status.run(StatusConfig(output=str(tmp_path)))
