@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.box_files import find_box_files, json_box_tables, read_box_tables, read_pieces
+from pipeline.box_files import BOX_SCHEMA, find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.boxes import AskedBoxes, choose_boxes, unit_box_source
 from pipeline.errors import ConfigError, DataError, ObjectChanged
 from pipeline.frozen_boxes import SpreadBoxes, read_unit_boxes
@@ -112,6 +112,16 @@ def test_the_same_boxes_in_other_files_and_another_order_are_the_same_bytes(tmp_
                       if path.is_file() and path.name != "_job.json"} for output in frozen)
     assert any("_boxes" in str(path) for path in first)
     assert first == second
+
+
+@pytest.mark.parametrize("change", [{"picture": "b"}, {"box_id": 8}, {"x": 9.0}, {"y": 9.0}, {"w": 9.0}, {"h": 9.0},
+                                    {"score": 0.5}], ids=str)
+def test_boxes_of_which_anything_differs_are_others(change: dict[str, Any]) -> None:
+    box = {"picture": "a", "box_id": 7, "x": 1.0, "y": 2.0, "w": 3.0, "h": 4.0, "score": 0.9}
+    given, same, other = (SpreadBoxes([pa.Table.from_pylist([values], BOX_SCHEMA)]) for values in (
+        box, box, box | change))
+    with given, same, other:
+        assert given.digest() == same.digest() != other.digest()
 
 
 def test_boxes_go_through_a_disk_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
