@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jobs import annotate, shard
+from jobs.progress import Progress, RejectionBudget
 from pipeline import storage
 from pipeline.config import AnnotateConfig, ShardConfig
 from pipeline.errors import ConfigError, DataError, ObjectMissing, StorageError
@@ -26,7 +27,7 @@ from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
 from pipeline.shards import open_shards, read_part_columns
-from pipeline.unit_annotator import UnitAnnotator, failure_receipt
+from pipeline.unit_annotator import Receipt, UnitAnnotator, failure_receipt
 from pipeline.units import committed_units, open_job
 from tests.fault_proxy import SLOW_DOWN, Fault, FaultProxy, denied
 from tests.s3 import S3Server
@@ -146,7 +147,7 @@ def test_memory_that_torch_cannot_have_is_tried_again_later() -> None:
 
 @pytest.mark.parametrize(("damage", "said"), [("flipped", "is damaged"), ("gone", "there is no such file")])
 def test_shards_that_are_damaged_or_gone_keep_no_other_from_being_annotated(
-        world: Path, tmp_path: Path, damage: str, said: str) -> None:
+        world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, said: str) -> None:
     shutil.copytree(world / "shards", tmp_path / "shards")
     freeze_only(world, tmp_path / "out", input=str(tmp_path / "shards"))
     for part in sorted((tmp_path / "shards" / "shards").iterdir())[:annotate.FAILURES_IN_A_ROW]:
@@ -157,6 +158,7 @@ def test_shards_that_are_damaged_or_gone_keep_no_other_from_being_annotated(
     with pytest.raises(OSError, match=rf"20 of 24 units are not annotated(.|\n)*{said}(.|\n)*and 17 more"):
         run(world, tmp_path / "out", input=str(tmp_path / "shards"))
     assert committed(tmp_path / "out") == COUNT - 20
+    assert "once more" not in caplog.text  # which would end in the same way
     shutil.copytree(world / "shards", tmp_path / "shards", dirs_exist_ok=True)
     assert run(world, tmp_path / "out", input=str(tmp_path / "shards"))["units_annotated"] == 20
 
@@ -182,6 +184,29 @@ def test_a_unit_that_ends_its_process_each_time_is_named(
     monkeypatch.setattr(annotate, "missing_units", lambda *_: [5])
     with pytest.raises(OSError, match=r"1 of 24 units are not annotated(.|\n)*unit 5 ended its process each time"):
         run(world, tmp_path / "out")
+
+
+def test_a_unit_that_the_service_failed_and_that_then_ends_its_process_is_done_with_care(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, careful_calls = annotate.annotate_units, []
+
+    def troubled(output: str, job: Any, tasks: Any, *, careful: bool = False, **options: Any) -> Any:
+        careful_calls.append(careful)
+        if len(careful_calls) == 1:
+            return iter([Receipt(task.unit, "failed", failure="503", passing=True) for task in tasks])
+        return whole(output, job, tasks, careful=careful, **options) if careful else iter(())
+
+    monkeypatch.setattr(annotate, "annotate_units", troubled)
+    assert run(world, tmp_path / "out", limit=1)["counts"]["ok"] == 1
+    assert careful_calls == [False, False, True]
+
+
+@pytest.mark.parametrize(("successes", "goes_on"), [(1, True), (0, False)])
+def test_only_failures_of_the_service_in_a_row_end_a_pass(successes: int, goes_on: bool) -> None:
+    failed = [Receipt(unit, "failed", failure="503", passing=True) for unit in range(19)]
+    receipts = failed + [Receipt(40, "there")] * successes + failed
+    progress = Progress(41, budget=RejectionBudget(41, 1.0), output="out")
+    assert annotate._take_receipts(receipts, progress) is goes_on
 
 
 # --- an annotator and its job -------------------------------------------------------------------------------------
