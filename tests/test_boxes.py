@@ -13,7 +13,7 @@ import pytest
 from pipeline.box_files import BOX_SCHEMA, find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.boxes import AskedBoxes, choose_boxes, unit_box_source
 from pipeline.errors import ConfigError, DataError, ObjectChanged
-from pipeline.frozen_boxes import SpreadBoxes, count_frozen, read_unit_boxes
+from pipeline.frozen_boxes import PICTURE_SCHEMA, SpreadBoxes, count_frozen, freeze_boxes, read_unit_boxes
 from pipeline.storage import put_if_absent
 from pipeline.units import FrozenJob, freeze_job
 from tests.made_detector import detector_bytes
@@ -138,17 +138,18 @@ def test_boxes_go_through_a_disk_when_they_are_many(tmp_path: Path, monkeypatch:
     assert found[4]["042.jpg"].xywh[:, 0].tolist() == [float(x) for x in range(999 // 97 * 97 + 42 - 97, 0, -97)]
 
 
-def test_more_units_than_buckets_each_find_their_own_boxes(tmp_path: Path) -> None:
-    keys = [f"{unit:03d}.jpg" for unit in range(300)]  # of 256 buckets some hold two units
-    chosen = [unit for unit in range(300) if unit % 3]
-    sides = np.array(chosen, float)
-    path = write(tmp_path / "d.parquet", key=[keys[unit] for unit in chosen], x=sides, y=sides, w=sides, h=sides)
-    output, job = freeze(tmp_path, path, [[key] for key in keys])
-    digest = job.intent["boxes"]["digest"]
-    assert count_frozen(output, job, digest) == 200
-    for unit in range(0, 300, 7):
-        found = {key: boxes.xywh[:, 0].tolist() for key, boxes in read_unit_boxes(output, job, digest, unit).items()}
-        assert found == ({keys[unit]: [unit]} if unit % 3 else {})
+def test_of_more_units_than_buckets_each_finds_its_own_boxes(tmp_path: Path) -> None:
+    keys, output = [f"{unit:03d}.jpg" for unit in range(600)], str(tmp_path)
+    job = FrozenJob("job", {}, {}, {"digest": "plan", "units": 600}, {})
+    chosen = [0, 1, 2, 4, 599]  # the first three share one of the 256 buckets
+    given = [{"picture": keys[unit], "x": unit, "y": 1, "w": 2, "h": 3, "score": 1} for unit in chosen]
+    with SpreadBoxes([pa.Table.from_pylist(given, BOX_SCHEMA)]) as boxes:
+        pictures = [pa.table([keys, keys, range(600)], schema=PICTURE_SCHEMA)]
+        freeze_boxes(output, job, "digest", boxes, pictures, source="")
+    for unit in (*range(6), 598, 599):
+        found = {key: one.xywh[:, 0].tolist() for key, one in read_unit_boxes(output, job, "digest", unit).items()}
+        assert found == ({keys[unit]: [unit]} if unit in chosen else {})
+    assert count_frozen(output, job, "digest") == 5
 
 
 def test_a_keypoint_dataset_is_a_source_of_boxes_and_its_empty_rows_are_none(tmp_path: Path) -> None:
