@@ -8,21 +8,30 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from jobs import annotate, shard
+from jobs.progress import Progress, RejectionBudget
 from pipeline import storage
 from pipeline.config import AnnotateConfig, ShardConfig
-from pipeline.errors import DataError, ObjectMissing, StorageError
+from pipeline.errors import ConfigError, DataError, ObjectMissing, StorageError
+from pipeline.images import decode_picture
+from pipeline.keypoints import read_keypoints
+from pipeline.model.directory import ModelSpec, save_model
+from pipeline.model.mspn import MSPN
+from pipeline.model.settings import Decoding
+from pipeline.pose.skeleton import COCO17
+from pipeline.prediction import Predictor
 from pipeline.shards import open_shards, read_part_columns
-from pipeline.unit_annotator import UnitAnnotator, failure_receipt
+from pipeline.unit_annotator import Receipt, UnitAnnotator, failure_receipt
 from pipeline.units import committed_units, open_job
 from tests.fault_proxy import SLOW_DOWN, Fault, FaultProxy, denied
 from tests.s3 import S3Server
-from tests.worlds import NO_TRACKING, rows, write_pictures, write_tiny_model
+from tests.worlds import NO_TRACKING, TINY, rows, write_pictures, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_ray")
 COUNT = 24
@@ -138,7 +147,7 @@ def test_memory_that_torch_cannot_have_is_tried_again_later() -> None:
 
 @pytest.mark.parametrize(("damage", "said"), [("flipped", "is damaged"), ("gone", "there is no such file")])
 def test_shards_that_are_damaged_or_gone_keep_no_other_from_being_annotated(
-        world: Path, tmp_path: Path, damage: str, said: str) -> None:
+        world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, said: str) -> None:
     shutil.copytree(world / "shards", tmp_path / "shards")
     freeze_only(world, tmp_path / "out", input=str(tmp_path / "shards"))
     for part in sorted((tmp_path / "shards" / "shards").iterdir())[:annotate.FAILURES_IN_A_ROW]:
@@ -149,6 +158,7 @@ def test_shards_that_are_damaged_or_gone_keep_no_other_from_being_annotated(
     with pytest.raises(OSError, match=rf"20 of 24 units are not annotated(.|\n)*{said}(.|\n)*and 17 more"):
         run(world, tmp_path / "out", input=str(tmp_path / "shards"))
     assert committed(tmp_path / "out") == COUNT - 20
+    assert "once more" not in caplog.text  # which would end in the same way
     shutil.copytree(world / "shards", tmp_path / "shards", dirs_exist_ok=True)
     assert run(world, tmp_path / "out", input=str(tmp_path / "shards"))["units_annotated"] == 20
 
@@ -174,6 +184,81 @@ def test_a_unit_that_ends_its_process_each_time_is_named(
     monkeypatch.setattr(annotate, "missing_units", lambda *_: [5])
     with pytest.raises(OSError, match=r"1 of 24 units are not annotated(.|\n)*unit 5 ended its process each time"):
         run(world, tmp_path / "out")
+
+
+def test_a_unit_that_the_service_failed_and_that_then_ends_its_process_is_done_with_care(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, careful_calls = annotate.annotate_units, []
+
+    def troubled(output: str, job: Any, tasks: Any, *, careful: bool = False, **options: Any) -> Any:
+        careful_calls.append(careful)
+        if len(careful_calls) == 1:
+            return iter([Receipt(task.unit, "failed", failure="503", passing=True) for task in tasks])
+        return whole(output, job, tasks, careful=careful, **options) if careful else iter(())
+
+    monkeypatch.setattr(annotate, "annotate_units", troubled)
+    assert run(world, tmp_path / "out", limit=1)["counts"]["ok"] == 1
+    assert careful_calls == [False, False, True]
+
+
+@pytest.mark.parametrize(("successes", "goes_on"), [(1, True), (0, False)])
+def test_only_failures_of_the_service_in_a_row_end_a_pass(successes: int, goes_on: bool) -> None:
+    failed = [Receipt(unit, "failed", failure="503", passing=True) for unit in range(19)]
+    receipts = failed + [Receipt(40, "there")] * successes + failed
+    progress = Progress(41, budget=RejectionBudget(41, 1.0), output="out")
+    assert annotate._take_receipts(receipts, progress) is goes_on
+
+
+# --- an annotator and its job -------------------------------------------------------------------------------------
+
+
+def annotator(world: Path, output: Path, **settings: object) -> UnitAnnotator:
+    """An annotator of a run that has just been frozen."""
+    freeze_only(world, output, **settings)
+    job = open_job(str(output))
+    assert job is not None
+    return UnitAnnotator(str(output), job)
+
+
+def test_an_annotator_computes_as_the_job_was_frozen(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", told.append)
+    predictor = annotator(world, tmp_path / "out", flip=False, batch_size=3, threads=2, deterministic=True).predictor
+    assert (predictor.flip, predictor.batch_size, torch.get_num_threads(), told) == (False, 3, 2, [True])
+    monkeypatch.setattr("pipeline.model.inference.why_not_compile", lambda: "There is none here")
+    with pytest.raises(ConfigError, match="compile=default needs a compiler"):
+        annotator(world, tmp_path / "compiled", compile="default")
+
+
+def test_rows_are_those_of_the_precision_that_the_job_was_frozen_with(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "out", precision="bfloat16", limit=1)
+    row = rows(str(tmp_path / "out")).to_pylist()[0]
+    image = decode_picture((world / "in" / "images" / row["key"]).read_bytes())
+    whole = np.array([[0.0, 0.0, row["width"], row["height"]]])
+    rough, exact = (Predictor(world / "model", backend="cpu", precision=precision).predict_persons(image, whole)
+                    for precision in ("bfloat16", "float32"))
+    found = [row[f"{joint}_score"] for joint in COCO17.columns()]
+    np.testing.assert_allclose(found, rough.joint_scores[0], rtol=1e-7)
+    assert np.abs(found - exact.joint_scores[0]).max() > 1e-6
+
+
+def test_an_annotator_without_the_jobs_gpu_refuses_to_begin(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DataError, match="was begun on GPUs"):
+        annotator(world, tmp_path / "out", backend="cuda", precision="float32")
+
+
+def test_scores_are_told_with_the_scale_of_the_model_that_gave_them(world: Path, tmp_path: Path) -> None:
+    decoding = Decoding(variant="hrnet")
+    spec = ModelSpec(network=TINY, skeleton=COCO17.to_json(), decoding=decoding, source={"file": "given.pth"})
+    save_model(tmp_path / "model", MSPN(TINY), spec)
+    run(world, tmp_path / "out", model=str(tmp_path / "model"), limit=1)
+    metadata = read_keypoints(str(tmp_path / "out"))[1]
+    assert metadata.low_score == 0.2  # HRNet's maps have peaks of 1
+    assert metadata.json["scores"]["joint"] == decoding.score_meaning
+    assert metadata.model["source"] == {"file": "given.pth"}
 
 
 # --- pictures that can't be read ----------------------------------------------------------------------------------
@@ -204,6 +289,22 @@ def test_an_object_larger_than_any_picture_is_refused_unread(world: Path, tmp_pa
     row = rows(str(tmp_path / "out")).to_pylist()[0]
     assert (row["status"], row["reason"]) == ("rejected", "too_large_bytes")
     assert row["error"] == "1099511627776 bytes, and the limit is 100000000"
+
+
+def test_pictures_that_went_or_changed_after_the_plan_are_rejected_as_such(world: Path, place: str) -> None:
+    for name in ("a", "b", "c"):
+        storage.put_if_absent(f"{place}/in/{name}.jpg", (world / "in" / "images" / "000001.jpg").read_bytes())
+    asked = {"input": f"{place}/in", "pictures_per_unit": 3}
+    freeze_only(world, f"{place}/out", **asked)
+    for name in ("a", "b"):
+        storage.remove_own(f"{place}/in/{name}.jpg")
+    storage.put_if_absent(f"{place}/in/b.jpg", b"another")
+    run(world, f"{place}/out", **asked)
+    assert rows(f"{place}/out")["reason"].to_pylist() == ["missing", "changed", None]
+
+
+def test_a_picture_of_more_pixels_than_the_run_allows_is_rejected(world: Path, tmp_path: Path) -> None:
+    assert run(world, tmp_path / "out", max_pixels=9, limit=1)["counts"]["reasons"] == {"too_large_pixels": 1}
 
 
 def test_a_shard_that_cannot_be_read_now_is_the_services_matter(

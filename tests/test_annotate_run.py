@@ -83,6 +83,13 @@ def test_the_same_command_again_does_nothing(world: Path, first_run: dict[str, A
     assert again["counts"] == first_run["counts"]
 
 
+@pytest.mark.usefixtures("first_run")
+def test_the_intent_is_all_that_can_change_a_row(world: Path) -> None:
+    assert set(json.loads((world / "out" / "_job.json").read_text())["intent"]) == {
+        "boxes", "model", "precision", "backend", "threads", "batch_size", "flip", "deterministic", "limit",
+        "pictures_per_unit", "max_pixels", "row_version"}
+
+
 @pytest.mark.parametrize(("setting", "value"), [("flip", False), ("batch_size", 3), ("boxes", "whole-image")])
 def test_another_intent_into_the_same_output_is_refused(
         world: Path, finished: Path, setting: str, value: object) -> None:
@@ -199,6 +206,19 @@ def test_what_runs_before_have_rejected_stops_the_run_that_goes_on(
     assert len(list((tmp_path / "out" / "keypoints").iterdir())) == 4
 
 
+def test_what_runs_before_have_rejected_keeps_a_run_that_has_nothing_left_to_do_from_success(
+        world: Path, tmp_path: Path) -> None:
+    images = sorted((write_pictures(tmp_path / "in", count=4) / "images").iterdir())
+    cut_short(images[0])
+    asked = config(world, str(tmp_path / "out"), input=str(tmp_path / "in" / "images"), boxes="whole-image",
+                   backend="cpu")
+    annotate.run(asked.model_copy(update={"max_rejected_share": 1}))
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    with pytest.raises(DataError, match="1 pictures were rejected"):
+        annotate.run(asked)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
 def after_counting(annotate_units: Callable[..., Iterator[Receipt]]) -> Callable[..., Iterator[Receipt]]:
     """The same, begun once the parts that stood before are counted."""
     def annotate(*arguments: Any, **options: Any) -> Iterator[Receipt]:
@@ -273,6 +293,14 @@ def test_a_cut_picture_is_rejected_or_taken_as_far_as_it_goes_as_the_run_says(wo
     assert (taking["counts"]["ok"], taking["counts"]["rejected"]) == (3, 0)
     with pytest.raises(ConfigError, match="accept_truncated: begun with null, now true"):
         annotate.run(config(world, str(tmp_path / "refusing"), accept_truncated=True, **settings))
+
+
+@pytest.mark.parametrize("settings", [{"output": "in/out"}, {"reuse": "out/old"}])
+def test_an_output_that_would_be_read_as_its_own_input_is_refused(
+        world: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    paths = {"input": "in", "output": "out", **settings}
+    with pytest.raises(ConfigError, match="lie one inside the other"):
+        annotate.run(config(world, **{name: str(tmp_path / path) for name, path in paths.items()}))
 
 
 @pytest.mark.parametrize(("backend", "mode"), [("openvino", "default"), ("cpu", "reduce-overhead")])

@@ -1,5 +1,7 @@
 """One unit of pictures, without Ray: boxes, batches, joints in picture pixels, rows."""
 
+import hashlib
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ def task(key: str, persons: Boxes, read: Any = None) -> PictureToAnnotate:
     return PictureToAnnotate(picture, read or (lambda: data), lambda width, height: persons)
 
 
-def annotate(predictor: Predictor, *tasks: PictureToAnnotate) -> list[AnnotatedPicture]:
-    return annotate_pictures(tasks, predictor)
+def annotate(predictor: Predictor, *tasks: PictureToAnnotate, decoders: int = 1) -> list[AnnotatedPicture]:
+    return annotate_pictures(tasks, predictor, decoders=decoders)
 
 
 def test_each_picture_gets_the_joints_of_its_own_persons(predictor: Predictor) -> None:
@@ -76,13 +78,14 @@ def test_joints_move_with_the_picture(predictor: Predictor) -> None:
     np.testing.assert_allclose(there.joints_xy - here.joints_xy, np.broadcast_to([20.0, 30.0], (1, 17, 2)), atol=0.01)
 
 
-def test_a_refused_picture_does_not_disturb_its_neighbours(predictor: Predictor) -> None:
+@pytest.mark.parametrize("decoders", [1, 2])
+def test_a_refused_picture_does_not_disturb_its_neighbours(predictor: Predictor, decoders: int) -> None:
     def missing() -> bytes:
         raise ObjectMissing("b: gone")
 
     some = boxes((10, 10, 50, 90))
     broken, gone, whole = annotate(predictor, task("a", some, lambda: b"no picture"), task("b", some, missing),
-                                   task("c", some))
+                                   task("c", some), decoders=decoders)
     assert (broken.status, broken.reason) == (REJECTED, "not_a_picture")
     assert (gone.status, gone.reason, gone.error) == (REJECTED, "missing", "b: gone")
     assert whole.status == OK
@@ -129,6 +132,17 @@ def test_a_box_that_reaches_over_the_border_is_kept_as_it_is() -> None:
     assert usable_boxes(over, 10, 10).xywh.tolist() == [[-5, -5, 20, 20]]
 
 
+def test_a_box_that_only_touches_the_picture_from_outside_is_refused() -> None:
+    touching = boxes((10, 0, 5, 5), (0, 20, 5, 5), (-5, 0, 5, 5), (0, -5, 5, 5), (9, 19, 5, 5))
+    assert usable_boxes(touching, 10, 20).ids.tolist() == [4]
+
+
+def test_the_digest_of_boxes_stays_as_old_outputs_have_it() -> None:
+    two = boxes((1, 2, 3, 4), (5, 6, 7, 8), scores=[0.5, 0.25])
+    content = struct.pack("<2q8d2d", 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0.5, 0.25)
+    assert two.digest() == hashlib.sha256(content).hexdigest()[:16]
+
+
 def test_annotated_boxes_are_all_but_the_crowds_also_without_keypoints() -> None:
     persons = [{"annotation_id": 7, "box_xywh": [1, 2, 3, 4], "iscrowd": False, "keypoints": None},
                {"annotation_id": 8, "box_xywh": [1, 2, 3, 4], "iscrowd": True, "keypoints": None}]
@@ -141,6 +155,7 @@ def test_the_strongest_boxes_keep_their_order() -> None:
     given = boxes(*[(i, 0, 1, 1) for i in range(4)], scores=[0.3, 0.9, 0.1, 0.5])
     assert strongest_boxes(given, min_score=0.2, max_persons=2).ids.tolist() == [1, 3]
     assert strongest_boxes(given, min_score=0.2, max_persons=None).ids.tolist() == [0, 1, 3]
+    assert strongest_boxes(given, min_score=0.5, max_persons=None).ids.tolist() == [1, 3]
 
 
 def test_the_whole_image_is_one_box() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import annotation_input as inputs
 from pipeline.errors import DataError
+from pipeline.exclusion import Exclusion
 
 
 def plan(source: dict[str, Any], *, size: int = 2, limit: int | None = None) -> list[list[str]]:
@@ -28,10 +29,25 @@ def test_a_folder_is_planned_in_the_order_of_names(tmp_path: Path) -> None:
     assert plan(source) == [["a", "b"], ["c"]]
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_units_are_as_large_as_was_asked_for_however_a_listing_comes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("pipeline.shard_plan.ROWS_AT_ONCE", 3)
+    source = write_names(tmp_path, *"abcdefgh")
+    assert plan(source, size=size) == [list("abcdefgh"[first:first + size]) for first in range(0, 8, size)]
+
+
 def test_a_limit_takes_the_first_pictures(tmp_path: Path) -> None:
     source = write_names(tmp_path, *"abcde")
     assert plan(source, limit=3) == [["a", "b"], ["c"]]
     assert plan(source, limit=2) == [["a", "b"]]
+
+
+def test_a_key_that_is_excluded_twice_counts_once_and_of_a_shard_without_others_there_is_no_unit() -> None:
+    exclusion = Exclusion(["b", "a", "x", "b"])
+    left = exclusion.without([pa.table({"key": ["a", "b"]}), pa.table({"key": ["c"]})])
+    assert [table["key"].to_pylist() for table in left] == [["c"]]
+    assert exclusion.counts() == {"excluded": 2, "excluded_unknown": 1}
 
 
 def test_an_empty_prefix_is_refused(tmp_path: Path) -> None:

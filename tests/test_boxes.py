@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.box_files import find_box_files, json_box_tables, read_box_tables, read_pieces
+from pipeline.box_files import BOX_SCHEMA, find_box_files, json_box_tables, read_box_tables, read_pieces
 from pipeline.boxes import AskedBoxes, choose_boxes, unit_box_source
 from pipeline.errors import ConfigError, DataError, ObjectChanged
-from pipeline.frozen_boxes import SpreadBoxes, read_unit_boxes
+from pipeline.frozen_boxes import PICTURE_SCHEMA, SpreadBoxes, count_frozen, freeze_boxes, read_unit_boxes
 from pipeline.storage import put_if_absent
 from pipeline.units import FrozenJob, freeze_job
+from tests.made_detector import detector_bytes
 
 PREFIX = {"kind": "prefix", "uri": "/pictures"}
 
@@ -69,6 +70,20 @@ def test_boxes_by_image_id_are_refused_where_pictures_have_none(tmp_path: Path) 
         pass
 
 
+@pytest.mark.parametrize(("asked", "begun", "reused", "backend"), [
+    ("auto", None, None, "at hand"), ("auto", "opencv", None, "opencv"), ("auto", None, "opencv", "opencv"),
+    ("auto", "first", "second", "first"), ("opencv", "first", "second", "opencv")])
+def test_a_detectors_backend_that_is_left_open_is_that_of_the_run_that_goes_on_or_is_copied(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, begun: str | None, reused: str | None,
+        backend: str) -> None:
+    monkeypatch.setattr("pipeline.boxes.choose_backend", lambda asked: "at hand" if asked == "auto" else asked)
+    (tmp_path / "d.onnx").write_bytes(detector_bytes())
+    jobs = [one and FrozenJob("", {}, {"boxes": {"backend": one}}, {}, {}) for one in (begun, reused)]
+    with choose_boxes(AskedBoxes("detect", detector=str(tmp_path / "d.onnx"), detector_backend=asked), PREFIX,
+                      str(tmp_path / "out"), jobs[0], reused=jobs[1]) as chosen:
+        assert chosen.choice.detector["backend"] == backend
+
+
 # --- Parquet ------------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +114,16 @@ def test_the_same_boxes_in_other_files_and_another_order_are_the_same_bytes(tmp_
     assert first == second
 
 
+@pytest.mark.parametrize("change", [{"picture": "b"}, {"box_id": 8}, {"x": 9.0}, {"y": 9.0}, {"w": 9.0}, {"h": 9.0},
+                                    {"score": 0.5}], ids=str)
+def test_boxes_of_which_anything_differs_are_others(change: dict[str, Any]) -> None:
+    box = {"picture": "a", "box_id": 7, "x": 1.0, "y": 2.0, "w": 3.0, "h": 4.0, "score": 0.9}
+    given, same, other = (SpreadBoxes([pa.Table.from_pylist([values], BOX_SCHEMA)]) for values in (
+        box, box, box | change))
+    with given, same, other:
+        assert given.digest() == same.digest() != other.digest()
+
+
 def test_boxes_go_through_a_disk_when_they_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.hash_buckets.ROWS_IN_MEMORY", 50)
     monkeypatch.setattr("pipeline.frozen_boxes.UNITS_PER_FILE", 3)
@@ -111,6 +136,20 @@ def test_boxes_go_through_a_disk_when_they_are_many(tmp_path: Path, monkeypatch:
     assert len(list((tmp_path / "out" / "_boxes").rglob("*.parquet"))) == 4
     assert sum(len(boxes.ids) for unit in found for boxes in unit.values()) == 1000
     assert found[4]["042.jpg"].xywh[:, 0].tolist() == [float(x) for x in range(999 // 97 * 97 + 42 - 97, 0, -97)]
+
+
+def test_of_more_units_than_buckets_each_finds_its_own_boxes(tmp_path: Path) -> None:
+    keys, output = [f"{unit:03d}.jpg" for unit in range(600)], str(tmp_path)
+    job = FrozenJob("job", {}, {}, {"digest": "plan", "units": 600}, {})
+    chosen = [0, 1, 2, 4, 599]  # the first three share one of the 256 buckets
+    given = [{"picture": keys[unit], "x": unit, "y": 1, "w": 2, "h": 3, "score": 1} for unit in chosen]
+    with SpreadBoxes([pa.Table.from_pylist(given, BOX_SCHEMA)]) as boxes:
+        pictures = [pa.table([keys, keys, range(600)], schema=PICTURE_SCHEMA)]
+        freeze_boxes(output, job, "digest", boxes, pictures, source="")
+    for unit in (*range(6), 598, 599):
+        found = {key: one.xywh[:, 0].tolist() for key, one in read_unit_boxes(output, job, "digest", unit).items()}
+        assert found == ({keys[unit]: [unit]} if unit in chosen else {})
+    assert count_frozen(output, job, "digest") == 5
 
 
 def test_a_keypoint_dataset_is_a_source_of_boxes_and_its_empty_rows_are_none(tmp_path: Path) -> None:

@@ -104,3 +104,17 @@ def test_a_dataset_that_is_not_complete_is_read_and_the_result_says_so(
     next(path for path in sorted(dataset.rglob("*")) if str(path.relative_to(dataset)).startswith(gone)).unlink()
     assert exported(dataset)["complete"] is False
     assert said in caplog.text
+
+
+def test_parts_are_read_ahead_as_far_as_their_bytes_may_be(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = keypoints.open_keypoints(str(dataset))
+    monkeypatch.setattr(keypoints, "BYTES_AHEAD", 4 * parts.largest_bytes)
+    taken: list[str] = []
+    reading = keypoints.read_parts(parts, (taken.append(name) or name for name in parts.names[:1] * 40))
+    next(reading)
+    assert len(taken) == 4
+
+
+def test_columns_that_nobody_needs_are_not_read(dataset: Path) -> None:
+    whole, less = (keypoints.read_keypoints(str(dataset), without=names)[0] for names in ((), ("etag", "nose_x")))
+    assert whole.drop_columns(["etag", "nose_x"]).equals(less)

@@ -57,8 +57,9 @@ def test_what_decoding_takes_is_measured_where_others_decode(tmp_path: Path) -> 
     assert measured(1) > 0
 
 
-def test_without_a_price_there_is_no_money() -> None:
+def test_without_a_price_there_is_no_money_and_what_costs_nothing_is_told() -> None:
     assert forecast(Whole(900, 9, 3.0), MEASURED).money is None
+    assert forecast(Whole(900, 9, 3.0), MEASURED, price=0.0).money == 0
 
 
 def test_what_a_unit_costs_beside_its_pictures_is_told_by_units_of_one() -> None:
@@ -69,6 +70,7 @@ def test_what_a_unit_costs_beside_its_pictures_is_told_by_units_of_one() -> None
 def test_where_units_of_one_picture_tell_nothing_the_pictures_cost_all() -> None:
     assert split_cost(0.1, [6.0, 12.0], [10, 20]) == pytest.approx((0.6, 0.0))  # the one was a small picture
     assert split_cost(0.5, [0.4, 0.6], [1, 1]) == pytest.approx((0.5, 0.0))
+    assert split_cost(5.0, [3.0, 3.0], [10, 20]) == pytest.approx((0.2, 0.0))  # the one was a very large picture
 
 
 # units of 100 pictures: 75 are copied in 1.5 s, 25 computed in 12.5 s, and 2 s for the unit; three rounds of them
@@ -89,6 +91,7 @@ def test_what_a_copied_picture_costs_is_told_by_units_of_them() -> None:
     assert costs(single, slices, [receipt(2.0, 10), receipt(3.0, 20)], annotating_s) == pytest.approx((0.5, 1.0, 0.1))
     assert costs([], [], [receipt(2.0, 10), receipt(4.0, 20)], annotating_s) == pytest.approx((0.0, 0.0, 0.2))
     assert costs(single, slices, [], annotating_s) == pytest.approx((0.5, 1.0, 0.0))
+    assert costs(single, slices, [receipt(0.5, 10)], annotating_s)[2] == 0  # less than the unit alone: never below 0
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -172,6 +172,26 @@ def test_what_another_list_of_the_same_objects_names_is_not_read(
     assert [name for name in work["read"] if name.endswith(".jpg")] == [names(world)[3].name]
 
 
+def test_a_trial_of_the_first_pictures_in_larger_units_is_copied_into_the_whole_run(
+        made: Path, tmp_path: Path, work: dict[str, list[Any]]) -> None:
+    world = Path(shutil.copytree(made, tmp_path / "world"))
+    run(world, "trial", limit=5, backend="cpu")
+    work["persons"].clear()
+    assert run(world, "new", reuse=str(world / "trial"), pictures_per_unit=2)["counts"]["ok"] == 8
+    assert work["persons"] == [1, 1, 1]
+
+
+def test_a_picture_of_a_list_without_etags_is_the_same_only_if_its_bytes_are(
+        made: Path, tmp_path: Path, work: dict[str, list[Any]]) -> None:
+    world = Path(shutil.copytree(made, tmp_path / "world"))
+    (world / "list.csv").write_text(f"uri\n{names(world)[0]}\n{names(world)[1]}\n")
+    run(world, "old", input=str(world / "list.csv"), backend="cpu")
+    shutil.copy(names(world)[2], names(world)[0])
+    work["persons"].clear()
+    run(world, "new", input=str(world / "list.csv"), reuse=str(world / "old"))
+    assert work["persons"] == [1]
+
+
 # --- the same intent, wherever it is asked for ---------------------------------------------------------------------
 
 

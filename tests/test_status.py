@@ -1,8 +1,10 @@
 """`status`: how far a run is, told by its output alone; and drivers' signs of life."""
 
 import json
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,7 @@ def test_a_finished_run_is_complete_and_gives_its_counts(output: Path, capsys: p
     found = status.run(StatusConfig(output=str(output)))
     assert (found["state"], found["done"], found["units"], found["pictures"]) == ("complete", 3, 3, 5)
     assert found["counts"]["rejected"] == 1
+    assert len(found["model"]["digest"]) == 64
     told = capsys.readouterr().err
     assert "3 of 3 units (100.0%) of 5 pictures" in told
     assert "not_a_picture 1" in told
@@ -95,6 +98,19 @@ def test_a_shard_run_that_was_cut_short_says_how_many_parts_are_there(tmp_path: 
     assert (found["kind"], found["state"], found["done"]) == ("shard", "stopped", len(parts) - 1)
 
 
+def test_a_shard_run_that_was_cut_short_while_a_dataset_grew_leaves_the_older_version_counted(tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "in", count=4) / "images"
+    asked = ShardConfig(images=str(images), output=str(tmp_path / "out"), images_per_shard=2, tracking=NO_TRACKING)
+    shard.run(asked)
+    shutil.copy(images / "000001.jpg", images / "later.jpg")
+    shard.run(asked)
+    assert status.run(StatusConfig(output=str(tmp_path / "out")))["counts"]["pictures"] == 5
+    (tmp_path / "out" / "dataset-000002.json").unlink()
+    found = status.run(StatusConfig(output=str(tmp_path / "out")))
+    assert (found["state"], found["units"], found["done"]) == ("stopped", 1, 1)
+    assert found["counts"]["pictures"] == 4
+
+
 def test_a_place_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no annotate or shard run was begun there"):
         status.run(StatusConfig(output=str(tmp_path)))
@@ -127,3 +143,26 @@ def test_a_second_driver_is_warned_and_takes_units_in_another_order(
     leave_sign(output, age_s=5)
     assert annotate._in_an_order_of_our_own(str(output), [1, 2, 3]) == [3, 2, 1]
     assert "another driver is at work here, or was 5 s ago: host-7, process 42" in caplog.text
+
+
+def test_a_driver_at_work_is_seen_and_lets_another_one_know_its_order(
+        output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(output / "keypoints")
+    (output / "_SUCCESS").unlink()
+    leave_sign(output, age_s=5)
+    seen: list[tuple[list[int], set[str]]] = []
+    annotate_units = annotate.annotate_units
+
+    def looking(place: str, job: Any, tasks: Any, **options: Any) -> Any:
+        seen.append(([task.unit for task in tasks], {sign.driver for sign in drivers.signs_of_life(place)}))
+        return annotate_units(place, job, tasks, **options)
+
+    monkeypatch.setattr(annotate, "annotate_units", looking)
+    monkeypatch.setattr(annotate.random, "sample", lambda units, count: units[::-1])
+    annotate.run(AnnotateConfig(
+        input=str(output.parent / "in" / "images"), model=str(output.parent / "model"), boxes="whole-image",
+        output=str(output), tracking=NO_TRACKING, pictures_per_unit=2, max_rejected_share=1))
+    (units, at_work), = seen
+    assert units == [2, 1, 0]
+    assert len(at_work) == 2
+    assert [sign.driver for sign in drivers.signs_of_life(str(output))] == ["abc"]

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,22 @@ def test_a_probe_is_removed_when_something_fails_in_between(tmp_path: Path, monk
     with pytest.raises(storage.StorageError, match="for a moment"):
         storage.prove_put_if_absent(str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name_and_the_name_before_a_put_has_ended(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str | int] = []
+    fsync, link = os.fsync, os.link
+
+    def noting_fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        steps.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "link", lambda *names: steps.append("name") or link(*names))
+    put_if_absent(str(tmp_path / "part-1"), b"12345")
+    assert steps == [5, "name", "folder"]
 
 
 def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from pipeline import storage, storage_s3
+from pipeline.errors import ConfigError
 from pipeline.storage import StorageError, join, list_objects, put_if_absent, read_object
 from tests.fault_proxy import (
     FLIPPED,
@@ -224,6 +225,23 @@ def test_the_probe_is_removed_when_reading_it_fails(bucket: str, faulty_s3: Faul
     assert names_under(bucket) == []
 
 
+@pytest.mark.parametrize(("fault", "pauses_s"), [
+    (INTERNAL_ERROR, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 20, 20]), (SLOW_DOWN, [1, 2, 4, 8, 16, 20, 20, 20, 20])])
+def test_pauses_between_attempts_double_up_to_a_bound_and_are_longer_where_the_store_is_overloaded(
+        world: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault,
+        pauses_s: list[float]) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "10")
+    monkeypatch.setattr(storage_s3, "FIRST_PAUSE_S", 0.2)
+    monkeypatch.setattr(storage_s3, "FIRST_THROTTLED_PAUSE_S", 1.0)
+    slept: list[float] = []
+    monkeypatch.setattr(storage_s3.time, "sleep", slept.append)
+    monkeypatch.setattr(storage_s3.random, "uniform", lambda shortest, longest: longest - shortest)
+    faulty_s3.fail("GET", fault, times=100)
+    with pytest.raises(StorageError, match="10 attempts failed"):
+        read_object(join(world, "a"))
+    assert slept == pytest.approx(pauses_s)
+
+
 @pytest.mark.parametrize(("attempts", "requests"), [("1", 1), ("3", 3)])
 def test_the_number_of_attempts_is_the_usual_setting(
         world: str, faulty_s3: FaultProxy, monkeypatch: pytest.MonkeyPatch, attempts: str, requests: int) -> None:
@@ -387,3 +405,43 @@ def test_no_password_of_an_address_is_in_a_message(bucket: str, monkeypatch: pyt
     ("Invalid endpoint: u:p@host", "Invalid endpoint: host"), ("plain: words", "plain: words")])
 def test_secrets_are_taken_out_of_messages(said: str, shown: str) -> None:
     assert storage_s3._without_secrets(said) == shown
+
+
+# --- stores that aren't as S3 is ----------------------------------------------------------------------------------
+
+
+def listed(*names: str, **more: object) -> dict[str, object]:
+    """A page as the store answers it."""
+    return {"Contents": [{"Key": name, "Size": 1, "ETag": '"e"'} for name in names], **more}
+
+
+def test_a_store_that_does_not_list_in_order_is_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3._Listing, "_ask", lambda *_, **__: listed("b", "a"))
+    with pytest.raises(ConfigError, match="does not list in the order of the names' bytes"):
+        names_under("s3://express")
+
+
+def test_a_page_without_objects_is_not_the_end_of_a_listing(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **request: str) -> dict[str, object]:
+        if "ContinuationToken" not in request:
+            return listed(IsTruncated=True, NextContinuationToken="next")
+        assert request["ContinuationToken"] == "next"
+        return listed("a")
+
+    monkeypatch.setattr(storage_s3._Listing, "_ask", ask)
+    assert names_under("s3://sparse") == ["a"]
+
+
+def test_a_store_that_sends_all_of_an_object_for_a_range_does_no_harm(
+        s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3, "_get", lambda *_: ({"ContentLength": 10}, b"0123456789"))
+    assert storage.read_range("s3://plain/a", 2, 3) == b"234"
+
+
+def test_an_object_that_changed_is_refused_also_by_a_store_that_knows_no_condition(
+        world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = storage_s3._connection().client
+    get = client.get_object
+    monkeypatch.setattr(client, "get_object", lambda IfMatch=None, **request: get(**request))  # noqa: N803
+    with pytest.raises(storage.ObjectChanged, match="a"):
+        read_object(join(world, "a"), etag="another")

@@ -15,9 +15,9 @@ PLANNED = [[{"key": "a.jpg", "etag": "1", "size": 10}, {"key": "b.jpg", "etag": 
            [{"key": "c.jpg", "etag": "3", "size": 30}]]
 
 
-def freeze(place: str, planned: Any = PLANNED, intent: dict[str, Any] = INTENT) -> units.FrozenJob:
+def freeze(place: str, planned: Any = PLANNED, intent: dict[str, Any] = INTENT, **options: Any) -> units.FrozenJob:
     tables = [pa.Table.from_pylist(unit) for unit in planned]
-    return units.freeze_job(place, tables, input=INPUT, intent=intent)
+    return units.freeze_job(place, tables, input=INPUT, intent=intent, **options)
 
 
 def test_a_frozen_job_is_found_again_with_its_plan(place: str) -> None:
@@ -33,6 +33,13 @@ def test_the_loser_of_two_planners_works_from_the_winners_plan(place: str) -> No
     winner = freeze(place)
     loser = freeze(place, planned=PLANNED[:1])
     assert loser == winner
+
+
+def test_a_loser_that_takes_no_other_plan_still_takes_its_own(tmp_path: Any) -> None:
+    winner = freeze(str(tmp_path))
+    assert freeze(str(tmp_path), accept_winner=False) == winner
+    with pytest.raises(DataError, match="another run was first"):
+        freeze(str(tmp_path), planned=PLANNED[:1], accept_winner=False)
 
 
 def test_plans_of_many_files_give_every_unit(place: str) -> None:

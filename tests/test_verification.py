@@ -14,7 +14,9 @@ import pytest
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.verification.chain import open_chain
+from pipeline.verification.counts import count_rows
 from pipeline.verification.finding import Finding
+from pipeline.verification.keys import hash_keys
 from pipeline.verification.part import PartToCheck, check_stored_part
 from pipeline.verification.reading import read_stored
 from pipeline.verification.whole import check_whole, parts_to_check
@@ -553,3 +555,18 @@ def test_a_version_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pa
     write_files(str(tmp_path), World().files())
     with pytest.raises(DataError, match="versions 1 to 3, and no version 4"):
         open_chain(str(tmp_path), 4)
+
+
+def test_a_person_is_trainable_by_one_visible_joint_unless_it_is_a_crowd() -> None:
+    def person(*keypoints: float, crowd: bool = False) -> dict[str, Any]:
+        return {"iscrowd": crowd, "keypoints": keypoints or None}
+
+    persons = [person(9, 9, 0, 5, 5, 1), person(9, 9, 2, 5, 5, 0), person(9, 9, 0, 5, 5, 0), person(),
+               person(9, 9, 2, 5, 5, 2, crowd=True)]
+    counts = count_rows([{"num_bytes": 3, "persons": persons, "reason": None}])
+    assert (counts["persons"], counts["trainable"]) == (5, 2)
+
+
+def test_of_a_key_eight_bytes_are_kept_so_that_millions_fit_into_memory() -> None:
+    # FIPS 180-2, appendix B.1, and the SHA-256 of nothing
+    assert hash_keys(["", "abc"]).tolist() == [0xba7816bf8f01cfea, 0xe3b0c44298fc1c14]
