@@ -63,6 +63,18 @@ def test_it_ends_with_what_the_store_said_once_patience_does(
     assert time.monotonic() - began < 20
 
 
+def test_pauses_grow_to_a_minute_and_end_within_a_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def away() -> None:
+        raise StorageError("away")
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    with pytest.raises(StorageError, match="away"):
+        patience.waited_out(away)
+    assert slept == [10] + [60] * 14  # another minute would be the 910th second
+
+
 def test_what_is_about_the_object_is_not_waited_for(flaky: FaultProxy, bucket: str) -> None:
     with pytest.raises(ObjectMissing):
         patience.waited_out(lambda: storage.read_object(f"{bucket}/x"))
