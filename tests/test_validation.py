@@ -3,15 +3,18 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from jobs import annotate, evaluate, promote, shard, train_progress
 from jobs.train_task import Worker
+from pipeline import validation
 from pipeline.config import AnnotateConfig, EvaluateConfig, PromotionConfig, ShardConfig
 from pipeline.evaluation import COCO_NUMBERS, joint_metrics
 from pipeline.model.directory import load_model
@@ -175,6 +178,27 @@ def test_a_picture_that_could_not_be_taken_is_not_drawn(data: ShardDataset) -> N
     pictures = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="plain"), keep_bytes=4)
     assert all((picture.data is None) == (picture.predicted.picture["width"] is None) for picture in pictures)
     assert preview_sheet(pictures, COCO17, low_score=0.7) is not None
+
+
+def test_a_preview_has_each_kept_picture_as_predicted_and_as_annotated_without_crowds(
+        data: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(validation, "draw_persons", lambda _, joints_xy, *others, **more: drawn.append(joints_xy))
+    monkeypatch.setattr(validation, "contact_sheet", lambda pictures: len(pictures))
+    pictures = validate_part(data, PartShare(data.parts[1]), Predictor(TRAINED, backend="null"), keep_bytes=2)
+    kept = [picture for picture in pictures if picture.data is not None]
+    first, *_ = kept[0].truth.persons
+    crowd = replace(first, iscrowd=True, keypoints=(1.0, 1.0, 2) * 17)
+    half = replace(first, keypoints=(7.0, 8.0, 1) * 2 + (0, 0, 0) * 15)
+    kept[0] = replace(kept[0], truth=replace(kept[0].truth, persons=(crowd, half, replace(first, keypoints=None))))
+
+    assert preview_sheet(kept, COCO17, low_score=0.7) == len(drawn) == 4
+    assert preview_sheet([replace(picture, data=None) for picture in kept], COCO17, low_score=0.7) is None
+    assert drawn[0] is kept[0].predicted.joints_xy
+    assert drawn[2] is kept[1].predicted.joints_xy
+    assert drawn[1].shape == (1, 17, 2)
+    assert drawn[1][0, :2].tolist() == [[7, 8]] * 2
+    assert np.isnan(drawn[1][0, 2:]).all()
 
 
 def test_each_joints_pck_has_a_name_of_its_own(data: ShardDataset) -> None:
