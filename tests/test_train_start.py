@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import train, train_intent
+from jobs import train, train_intent, train_start
 from jobs.train_task import INIT_FOLDER
-from pipeline import storage
+from pipeline import shards, storage
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, model_digest, save_model
 from pipeline.model.mspn import MSPN
 from pipeline.model.settings import Decoding
-from pipeline.pose.skeleton import COCO17
+from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
 from pipeline.shards import ShardDataset
 from pipeline.units import FrozenJob, freeze_job, open_job
 from tests.test_recipes import data, recipe, torchvision_weights, training_set  # noqa: F401 - data is a fixture
+from tests.test_training import made_shards
 from tests.worlds import NO_TRACKING, TINY, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,3 +207,60 @@ def test_a_scale_that_has_no_effect_is_named(
     with caplog.at_level(logging.INFO):
         train.try_start(config(tmp_path, init=str(theirs), heatmap_scale=8.0), COCO17, tmp_path)
     assert "heatmap_scale=8 has no effect" in caplog.text
+
+
+# --- which data it reads ------------------------------------------------------------------------------------------
+
+
+def put_version(made: ShardDataset, version: int, skeleton: Skeleton | None = COCO17) -> None:
+    """A later version of the same parts."""
+    Path(made.uri, shards.version_name(version)).write_bytes(shards.dataset_json(
+        made.parts, version=version, skeleton=skeleton, source={}, counts={}))
+
+
+def test_a_run_goes_on_with_the_versions_of_its_data_and_a_new_one_takes_the_newest(tmp_path: Path) -> None:
+    one, two = (made_shards(tmp_path, num_shards=number) for number in (1, 2))
+    for made in (one, two):
+        put_version(made, 2)
+
+    def opened(given: TrainConfig, begun: dict[str, Any]) -> list[int]:
+        sets, val = train_intent.open_inputs(given, begun)
+        assert [each.dataset.uri for each in sets] == [each.uri for each in given.data]
+        assert val is not None
+        return [*(each.dataset.version for each in sets), val.version]
+
+    alone, both = (config(tmp_path, data=given, val=two.uri) for given in (one.uri, [one.uri, two.uri]))
+    assert (opened(alone, {}), opened(both, {})) == ([2, 2], [2, 2, 2])
+    assert opened(alone, {"data": one.uri, "data_version": 1, "val": two.uri, "val_version": 1}) == [1, 1]
+    assert opened(alone, {"data": one.uri, "data_version": 1, "val": None}) == [1, 2]
+    assert opened(both, {"data": [one.uri, two.uri], "data_version": [2, 1], "val_version": 2}) == [2, 1, 2]
+    assert opened(alone, {"data": two.uri, "data_version": 1, "val_version": 1}) == [2, 2]  # another run's
+
+
+def test_data_without_joints_and_a_val_with_others_are_refused(tmp_path: Path) -> None:
+    made, bare, other = (made_shards(tmp_path / name, num_shards=1) for name in ("made", "bare", "other"))
+    put_version(bare, 2, skeleton=None)
+    put_version(other, 2, skeleton=MPII16)
+    for trained, val in ((bare, made), (made, bare)):
+        with pytest.raises(ConfigError, match="was sharded without --annotations: there are no joints to learn"):
+            train_intent.open_inputs(config(tmp_path, data=trained.uri, val=val.uri), {})
+    with pytest.raises(ConfigError, match="have different joints"):
+        train_intent.open_inputs(config(tmp_path, data=made.uri, val=other.uri), {})
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------
+
+
+def test_the_rehearsal_before_the_first_iteration_leaves_no_trace(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = MSPN(TINY).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = train_start.averaging(network)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert wrapped.module is network
+    assert not wrapped.forward_sync_buffers  # as the authors: each rank keeps its own statistics
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
