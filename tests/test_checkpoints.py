@@ -69,6 +69,8 @@ def test_what_was_broken_off_is_no_checkpoint_and_is_replaced_whole(place: str) 
 def test_a_checkpoint_of_an_earlier_version_has_its_state_alone_and_counts(tmp_path: Path) -> None:
     storage.put_if_absent(storage.join(checkpoints.checkpoint_uri(str(tmp_path), 100), "state.pt"), b"state")
     (tmp_path / "_checkpoints" / "checkpoint_manager_snapshot.json").write_text("{")
+    (tmp_path / "_checkpoints" / "of_others").mkdir()
+    (tmp_path / "_checkpoints" / "of_others" / "state.pt").write_bytes(b"state")
     assert [(each.iteration, each.ap) for each in list_checkpoints(str(tmp_path))] == [(100, None)]
 
 
