@@ -134,12 +134,14 @@ def test_joints_come_back_from_the_crop() -> None:
     np.testing.assert_allclose(joints_to_image(in_crops, centers, sizes, SIZE), joints, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)])
+@pytest.mark.parametrize("box", [
+    (0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, -1), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)])
 def test_a_box_without_extent_is_refused(box: tuple[float, float, float, float]) -> None:
     with pytest.raises(DataError, match="no positive finite extent"):
         region_for_box(box, SIZE, padding_wh=AUTHORS_PADDING)
 
 
 def test_a_line_is_a_box_since_the_aspect_gives_it_extent() -> None:
-    region = region_for_box((10, 10, 0, 40), SIZE, padding_wh=(1.0, 1.0))
-    np.testing.assert_allclose(region.size_wh, (30, 40))
+    for line in ((10, 10, 0, 40), (10, 10, 30, 0)):
+        region = region_for_box(line, SIZE, padding_wh=(1.0, 1.0))
+        np.testing.assert_allclose(region.size_wh, (30, 40))

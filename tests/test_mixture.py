@@ -82,6 +82,14 @@ def test_a_stream_that_ends_ends_the_batches_without_a_shorter_one() -> None:
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # 12, 13 and 14 are left out
 
 
+def test_in_a_large_batch_too_each_sets_samples_are_in_their_places_and_in_order() -> None:
+    streams = [blocks(number, size=50) for number in range(3)]
+    batch = next(mixture.mixed_batches(streams, [0.5, 0.3, 0.2], batch_size=200, positions=(0, 0, 0)))
+    assert (batch["who"] // 1000 == batch["set"]).all()
+    for number, count in enumerate((100, 60, 40)):
+        assert batch["slot"][batch["set"] == number].tolist() == list(range(count))
+
+
 # --- joints -------------------------------------------------------------------------------------------------------
 
 

@@ -260,16 +260,18 @@ def test_a_shards_samples_come_in_blocks_of_bounded_size_and_each_picture_is_dec
     assert len(decoded) == len(set(decoded)) == 12
 
 
-def test_a_refused_pictures_persons_are_not_trained_on(tmp_path: Path) -> None:
+def test_crowds_unlabelled_persons_and_those_of_refused_pictures_are_not_trained_on(tmp_path: Path) -> None:
     data = made_shards(tmp_path, num_shards=1)
     table = shards.read_part(data, data.parts[0])
     rows = [row | {"size": row["bytes"] and len(row["bytes"])} for row in table.to_pylist()]
     refused = rows[3] | {"bytes": None, "reason": "corrupt", "error": "cut off"}
+    crowd, unlabelled, blank = (rows[number]["persons"][0] for number in (4, 5, 6))
+    crowd["iscrowd"], unlabelled["keypoints"], blank["keypoints"] = True, None, [1.0, 1.0, 0.0] * 17
     part = write_part(Path(data.uri), 9, [*rows[:3], refused, *rows[4:]])
     found = [block["annotation_id"] for block in samples.turn_samples(
         replace(data, parts=(part,)), samples.Turn(0, 0, 0, 0), RECIPE)]
-    theirs = {person["annotation_id"] for person in refused["persons"]}
-    assert theirs
+    theirs = {person["annotation_id"] for person in (*refused["persons"], crowd, unlabelled, blank)}
+    assert len(theirs) > 3
     assert sum(map(len, found)) == part.counts["trainable"]
     assert not theirs & set(np.concatenate(found).tolist())
 
