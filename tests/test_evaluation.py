@@ -186,6 +186,18 @@ def test_a_person_without_a_torso_has_errors_but_no_pck(torso):
     assert evaluation.joints[2].error_px == pytest.approx(5.0)
 
 
+def test_joints_without_a_torso_have_errors_and_no_pck_and_it_is_said_why():
+    hand = Skeleton("hand", ("thumb", "wrist"), (), (), (0.1, 0.1), ())
+    truth = truth_of(annotation(7, 1, [0.0, 0.0, 2, 30.0, 40.0, 2]))
+    truth["categories"][0]["keypoints"] = list(hand.joints)
+
+    evaluation = evaluate_keypoints(keypoint_rows([person([3.0, 4.0, 1, 30.0, 40.0, 1])], hand), truth, skeleton=hand)
+
+    assert (evaluation.pck, [joint.pck for joint in evaluation.joints]) == (None, [None, None])
+    assert [joint.error_px for joint in evaluation.joints] == pytest.approx([5.0, 0.0])
+    assert evaluation.pck_reason == "the skeleton 'hand' has no left_shoulder and right_hip to measure a torso by"
+
+
 def test_boxes_that_are_not_annotated_ones_give_no_pck_even_if_an_index_is_an_annotations_id():
     detected = person(LABELLED, box_x=3.0)
 

@@ -102,6 +102,8 @@ def test_a_report_names_each_heads_share_of_the_loss() -> None:
     report = step(network, training.make_optimiser(network, weight_decay=0.0), random_batch(), 7, 0.0)
     assert report.heads.shape == (1, 4)
     assert float(report.heads.sum()) == pytest.approx(float(report.loss), rel=1e-6)
+    assert not report.loss.requires_grad  # reports are kept for a while, and activations mustn't be with them
+    assert not report.heads.requires_grad
 
 
 # --- the state in a file ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from jobs import annotate, evaluate, promote, shard, train_progress
 from jobs.train_task import Worker
 from pipeline import validation
 from pipeline.config import AnnotateConfig, EvaluateConfig, PromotionConfig, ShardConfig
+from pipeline.errors import DataError
 from pipeline.evaluation import COCO_NUMBERS, joint_metrics
 from pipeline.model.directory import load_model
 from pipeline.pose.skeleton import COCO17
@@ -29,6 +30,7 @@ from pipeline.validation import (
     rank_shares,
     validate_part,
 )
+from tests.test_training import made_shards, write_part
 from tests.worlds import NO_TRACKING, annotated_persons, write_pictures
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -154,6 +156,10 @@ def test_eight_workers_share_three_shards_equally_and_neighbours_share_a_shard()
     assert shares[1] == [PartShare(parts[0], Fraction(1, 3), Fraction(2, 3))]
     assert [[share.part.name[-1] for share in rank_shares(parts, rank=rank, world=2)] for rank in range(2)] == [
         ["0", "1"], ["1", "2"]]
+    # of each part 50 persons at most: as much work in the small one as in the large one
+    small = ShardPart("part-3", "", {"rows": 49, "persons": 50})
+    assert [rank_shares([parts[0], small], rank=rank, world=2, most_persons=50) for rank in range(2)] == [
+        [PartShare(parts[0])], [PartShare(small)]]
 
 
 # --- what is evaluated, and drawn --------------------------------------------------------------------------------
@@ -178,6 +184,9 @@ def test_a_picture_that_could_not_be_taken_is_not_drawn(data: ShardDataset) -> N
     pictures = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="plain"), keep_bytes=4)
     assert all((picture.data is None) == (picture.predicted.picture["width"] is None) for picture in pictures)
     assert preview_sheet(pictures, COCO17, low_score=0.7) is not None
+    able = [picture.truth.file_name for picture in pictures if picture.data is not None]
+    some = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="null"), keep_bytes=len(able))
+    assert [picture.truth.file_name for picture in some if picture.data is not None] == able
 
 
 def test_a_preview_has_each_kept_picture_as_predicted_and_as_annotated_without_crowds(
@@ -199,6 +208,20 @@ def test_a_preview_has_each_kept_picture_as_predicted_and_as_annotated_without_c
     assert drawn[1].shape == (1, 17, 2)
     assert drawn[1][0, :2].tolist() == [[7, 8]] * 2
     assert np.isnan(drawn[1][0, 2:]).all()
+
+
+def test_pictures_without_annotations_are_passed_over_and_where_there_are_no_others_nothing_is_measured(
+        tmp_path: Path) -> None:
+    made = made_shards(tmp_path, num_shards=1)
+    rows = [row | {"size": len(row["bytes"])} for row in read_part(made, made.parts[0]).to_pylist()]
+    bare = [rows[0] | {"persons": None}, rows[1] | {"image_id": None}]
+    some, none = (write_part(Path(made.uri), number, given) for number, given in ((7, [*bare, *rows[2:]]), (8, bare)))
+    predictor = Predictor(TRAINED, backend="null")
+    taken = validate_part(replace(made, parts=(some,)), PartShare(some), predictor)
+    assert [picture.truth.file_name for picture in taken] == [row["key"] for row in rows[2:]]
+    assert validate_part(replace(made, parts=(none,)), PartShare(none), predictor) == []
+    with pytest.raises(DataError, match="no annotated picture"):
+        evaluate_pictures([], COCO17)
 
 
 def test_each_joints_pck_has_a_name_of_its_own(data: ShardDataset) -> None:
