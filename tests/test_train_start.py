@@ -3,13 +3,15 @@
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from jobs import train, train_intent, train_start
-from jobs.train_task import INIT_FOLDER
-from pipeline import shards, storage
+from jobs.train_task import INIT_FOLDER, TrainTask
+from pipeline import shards, storage, training
+from pipeline.checkpoints import keep_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.model.directory import ModelSpec, model_digest, save_model
@@ -17,6 +19,7 @@ from pipeline.model.mspn import MSPN
 from pipeline.model.settings import Decoding
 from pipeline.pose.skeleton import COCO17, MPII16, Skeleton
 from pipeline.shards import ShardDataset
+from pipeline.tracking import TrackingError
 from pipeline.units import FrozenJob, freeze_job, open_job
 from tests.test_recipes import data, recipe, torchvision_weights, training_set  # noqa: F401 - data is a fixture
 from tests.test_training import made_shards
@@ -117,6 +120,17 @@ def test_a_run_goes_on_where_the_model_that_it_began_from_is_gone(
     refuse_other(given, job, data)
 
 
+@pytest.mark.parametrize("error", [storage.StorageError("away"), TrackingError("away"), DataError("broken")])
+def test_a_run_goes_on_where_what_init_is_now_can_not_be_seen(
+        data: ShardDataset, tmp_path: Path, theirs: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+        caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+    given = config(tmp_path, init=str(theirs))
+    job = begun(given, data)
+    monkeypatch.setattr(train_intent, "find_model", Mock(side_effect=error))
+    train_intent.tell_if_init_moved(given, job)
+    assert f"what init is now can't be seen: {error}" in caplog.text
+
+
 @pytest.mark.parametrize(("other", "difference"), [
     ({"init": None}, "init: begun with"), ({"network": SMALL | {"num_stages": 2}}, "network: begun with"),
     ({"inference": {"blur_kernel": 9}}, "inference: begun with"), ({"loss": {"ohkm_joints": 3}}, "loss: begun with"),
@@ -155,6 +169,11 @@ def test_a_run_that_an_earlier_program_began_from_a_model_goes_on_in_silence(
     assert train._source(given, job, run_id=None)["recipe"]["heatmap_scale"] == 8.0
 
 
+def test_a_model_that_was_put_there_otherwise_is_not_taken_for_a_finished_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a model that was not trained there"):
+        train_intent.refuse_other_model(config(tmp_path), None, {}, ())
+
+
 # --- what can't begin ---------------------------------------------------------------------------------------------
 
 
@@ -163,8 +182,13 @@ def bad_start(tmp_path: Path, theirs: Path, name: str) -> dict[str, Any]:
     trunk = str(tmp_path / "trunk.pth")
     torch.save(torchvision_weights(red=1.0, green=2.0, blue=3.0), trunk)
     (tmp_path / "text.pth").write_text("no weights")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({"epoch": 3, "weight": torch.zeros(1)}, tmp_path / "checkpoint.pth")
     return {
         "text": {"trunk": str(tmp_path / "text.pth"), "network": SMALL},
+        "list": {"trunk": str(tmp_path / "list.pth"), "network": SMALL},
+        "whole checkpoint": {"trunk": str(tmp_path / "checkpoint.pth"), "network": SMALL},
+        "no trunk": {"trunk": str(tmp_path / "gone.pth"), "network": SMALL},
         "trunk of another network": {"trunk": trunk, "network": SMALL | {"widths": [8, 8, 8, 8]}},
         "trunk without a classifier": {"trunk": trunk, "network": {"architecture": "rsn"}},
         "both": {"trunk": trunk, "init": str(theirs)},
@@ -175,13 +199,16 @@ def bad_start(tmp_path: Path, theirs: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "why"), [
-    ("text", "holds something else than weights"), ("trunk of another network", "doesn't hold the network's weights"),
+    ("text", "holds something else than weights"), ("list", "is no state dict"),
+    ("whole checkpoint", "is no state dict"),
+    ("no trunk", r"gone\.pth"),
+    ("trunk of another network", "doesn't hold the network's weights"),
     ("trunk without a classifier", "there is no classifier from whose weights rsn could begin"),
     ("both", r"init and trunk are both given.*--set trunk=null"), ("nothing there", "init .*nowhere: no model direct"),
     ("another network", "but `network` asks for"), ("used otherwise", "Give the model's own")])
 def test_what_no_worker_could_begin_with_is_refused_and_the_corrected_command_can_follow(
         data: ShardDataset, tmp_path: Path, theirs: Path, name: str, why: str) -> None:  # noqa: F811
-    with pytest.raises((ConfigError, DataError), match=why):
+    with pytest.raises((ConfigError, DataError, storage.ObjectMissing), match=why):
         begun(config(tmp_path, **bad_start(tmp_path, theirs, name)), data)
     assert open_job(str(tmp_path / "out")) is None
     assert not (tmp_path / "out" / INIT_FOLDER).exists()
@@ -246,6 +273,31 @@ def test_data_without_joints_and_a_val_with_others_are_refused(tmp_path: Path) -
             train_intent.open_inputs(config(tmp_path, data=trained.uri, val=val.uri), {})
     with pytest.raises(ConfigError, match="have different joints"):
         train_intent.open_inputs(config(tmp_path, data=made.uri, val=other.uri), {})
+
+
+def test_a_worker_begins_to_train_at_the_first_person_of_each_set_or_where_the_last_checkpoint_was(
+        data: ShardDataset, tmp_path: Path, theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    import ray.train.torch
+
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    given = config(tmp_path, init=str(theirs), optimiser={"ema_decay": 0.9})
+    begun(given, data)
+    task = TrainTask(given, (training_set(data),) * 2, None, {}, {}, None)
+    worker = train_start.open_worker(task, 0, 1)
+    assert (worker.iteration, worker.positions) == (0, (0, 0))
+    assert worker.wrapped is worker.network
+    assert worker.network.training
+    assert worker.average is not None
+    assert worker.result is worker.average.network
+
+    with torch.no_grad():
+        next(worker.network.parameters()).fill_(7)
+    keep_checkpoint(given.output, 3, {"state.pt": training.state_bytes(
+        worker.network, worker.optimiser, training.TrainingState(3, ((12, 5),)), worker.average)}, keep_newest=1)
+    again = train_start.open_worker(task, 0, 1)
+    assert (again.iteration, again.positions) == (3, (12, 5))
+    assert (next(again.network.parameters()) == 7).all()
+    assert (next(again.result.parameters()) != 7).any()
 
 
 # --- several ranks ------------------------------------------------------------------------------------------------
