@@ -1,19 +1,24 @@
 """What a training begins from: what it is known by, what is refused while nothing is frozen, what has moved since."""
 
+import itertools
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from jobs import train, train_intent, train_start
-from jobs.train_task import INIT_FOLDER, TrainTask
-from pipeline import shards, storage, training
+from jobs import train, train_feed, train_intent, train_start
+from jobs.train_task import INIT_FOLDER, TrainTask, Worker
+from pipeline import samples, shards, storage, training
 from pipeline.checkpoints import keep_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec, model_digest, save_model
 from pipeline.model.mspn import MSPN
 from pipeline.model.settings import Decoding
@@ -298,6 +303,43 @@ def test_a_worker_begins_to_train_at_the_first_person_of_each_set_or_where_the_l
     assert (again.iteration, again.positions) == (3, (12, 5))
     assert (next(again.network.parameters()) == 7).all()
     assert (next(again.result.parameters()) != 7).any()
+
+
+def test_a_weight_of_one_set_among_several_is_part_of_what_a_run_is_known_by(
+        data: ShardDataset, tmp_path: Path) -> None:  # noqa: F811
+    plain, weighted = (train_intent.resolved_intent(config(tmp_path, data=["a", second]), None, [training_set(data)])
+                       for second in ("b", {"uri": "b", "weight": 2}))
+    assert "sets" not in plain
+    assert weighted["sets"] == [{"weight": 1, "joints": None}, {"weight": 2, "joints": None}]
+
+
+def test_a_ranks_batches_go_on_from_its_positions_however_many_tasks_are_planned_at_once(
+        data: ShardDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    optimiser = {"iterations": 10, "warmup_iterations": 1, "batch_size_per_worker": 6}
+    sets = tuple(replace(training_set(data), weight=weight) for weight in (1.0, 2.0))
+    task = TrainTask(config(tmp_path, optimiser=optimiser), sets, None, {}, {}, None)
+    recipe_of_it = replace(train_feed.recipe_of(task, ModelSpec(network=TINY, skeleton=COCO17.to_json())), joints=None)
+    planned: list[int] = []
+
+    def made_here(_: Any, one: TrainingSet, groups: list[list[samples.Turn]], share: float) -> Iterator[samples.Arrays]:
+        planned.append(sum(one.counts[turn.part] - turn.skip for group in groups for turn in group))
+        for group in groups:
+            yield from samples.task_samples({"turns": [samples.turns_text(group)]}, one.dataset, recipe_of_it)
+
+    def batches(iteration: int, positions: tuple[int, ...], count: int) -> list[list[tuple[int, int]]]:
+        worker = SimpleNamespace(task=task, rank=0, world=1, iteration=iteration, positions=positions)
+        some = itertools.islice(train_feed.sample_batches(cast(Worker, worker)), count)
+        return [list(zip(batch["set"].tolist(), batch["slot"].tolist(), strict=True)) for batch in some]
+
+    monkeypatch.setattr(train_feed, "_made_by_tasks", made_here)
+    whole = batches(0, (0, 0), 14)
+    # 10 iterations of 6, a third of them of the first set; whole shards are planned, and more only where more is asked
+    (persons,) = sets[0].counts
+    assert planned == [-(-20 // persons) * persons, -(-40 // persons) * persons, *planned[2:]]
+    monkeypatch.setattr(train_feed, "TASKS_AHEAD", 1)
+    monkeypatch.setattr(samples, "SAMPLES_PER_TASK", 1)
+    assert batches(4, (8, 16), 10) == whole[4:]
+    assert whole[4] == [(1, 16), (0, 8), (1, 17), (1, 18), (0, 9), (1, 19)]
 
 
 # --- several ranks ------------------------------------------------------------------------------------------------
