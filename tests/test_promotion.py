@@ -464,7 +464,7 @@ def test_the_trial_picture_is_the_first_with_somebody_to_predict(data: ShardData
     refused = rows[0] | {"bytes": None, "reason": "corrupt"}
     crowds = rows[1] | {"persons": [person | {"iscrowd": True} for person in rows[1]["persons"]]}
     first = write_part(Path(data.uri), 7, [refused, rows[1] | {"persons": []}, rows[1] | {"persons": None}, crowds])
-    second = write_part(Path(data.uri), 8, rows[2:])
+    second = write_part(Path(data.uri), 8, [refused, *rows[2:]])
     found = promotion.trial_picture(replace(data, parts=(first, second)))
     assert found.data == rows[2]["bytes"]
     assert found.boxes_xywh == [person["box_xywh"] for person in rows[2]["persons"] if not person["iscrowd"]]
