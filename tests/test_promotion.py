@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -416,6 +417,15 @@ def test_a_registration_is_broken_off_anywhere_and_the_same_command_makes_one_ve
     assert noted == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in TRAINED.iterdir()}
     assert model_registry.version_behind(name, "candidate", tracking=settings) == RegisteredVersion(name, "1", run_id)
     assert train._register(*ended) == registered
+
+
+def test_a_runs_version_is_that_of_just_this_name_and_these_files() -> None:
+    found = [("other", {"sha256.a": "1"}, 3), ("pose", {"sha256.a": "2"}, 4), ("pose", {"sha256.a": "1", "x": "y"}, 5)]
+    versions = [SimpleNamespace(name=name, tags=tags, version=version) for name, tags, version in found]
+    client = Mock(search_model_versions=lambda asked: versions if asked == "run_id = 'r'" else [])
+    assert model_registry._version_of_run(client, "pose", "r", {"sha256.a": "1"}) == "5"
+    assert model_registry._version_of_run(client, "third", "r", {"sha256.a": "1"}) is None
+    assert model_registry._version_of_run(client, "pose", None, {"sha256.a": "1"}) is None
 
 
 def test_other_files_of_the_same_run_are_another_version(settings, run_id, tmp_path) -> None:
