@@ -132,6 +132,15 @@ def test_a_trainings_setting_is_taken_up_to_the_ends_of_its_range_and_refused_be
             load_config(TrainConfig, assignments=[f"{name}={value}"], flags=needed)
 
 
+@pytest.mark.parametrize("architecture", ["hrnet", "hourglass"])
+def test_a_loss_for_four_heads_is_refused_for_a_network_that_has_others(architecture: str) -> None:
+    flags = {"data": "d", "output": "o", "network": {"architecture": architecture}}
+    with pytest.raises(ConfigError, match=rf"coarse-to-fine is for mspn and rsn, .*; {architecture} learns with"):
+        load_config(TrainConfig, assignments=["loss.kind=coarse-to-fine"], flags=flags)
+    asked = load_config(TrainConfig, assignments=["loss.kind=gaussian"], flags=flags | {"network": {}})
+    assert (asked.network.architecture, asked.loss.kind) == ("mspn", "gaussian")
+
+
 @pytest.mark.parametrize("workers", ["2:1", "0", "0:2", "2:", "1:2:3", "-1", "two"])
 def test_workers_that_could_not_be_are_refused_before_anything_is_frozen(workers: str) -> None:
     with pytest.raises(ConfigError, match=r"workers: .*1 <= MIN <= MAX.*" + workers):
