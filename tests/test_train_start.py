@@ -292,6 +292,7 @@ def test_a_worker_begins_to_train_at_the_first_person_of_each_set_or_where_the_l
     assert (worker.iteration, worker.positions) == (0, (0, 0))
     assert worker.wrapped is worker.network
     assert worker.network.training
+    assert worker.network._compiled_call_impl is None  # what nobody has asked for
     assert worker.average is not None
     assert worker.result is worker.average.network
 
