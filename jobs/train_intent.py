@@ -171,4 +171,4 @@ def _workers_at_hand(config: TrainConfig) -> str:
     if trains_on_gpus(config) and not num_gpus():
         raise ConfigError("workers=auto is one for each GPU that the cluster has, and it has none yet. Give --workers; "
                           "the learning rate follows their number.")
-    return str(max(num_gpus(), 1) if trains_on_gpus(config) else 1)
+    return str(num_gpus() if trains_on_gpus(config) else 1)

@@ -60,10 +60,9 @@ def best_checkpoint(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def superfluous(checkpoints: Sequence[Checkpoint], *, keep_newest: int) -> list[Checkpoint]:
-    """Those that are neither among the newest nor the best."""
-    in_order = sorted(checkpoints, key=lambda each: each.iteration)
+    """Of checkpoints, the oldest first, those that are neither among the newest nor the best."""
     best = best_checkpoint(checkpoints)
-    return [each for each in in_order[:-keep_newest] if each != best]
+    return [each for each in checkpoints[:-keep_newest] if each != best]
 
 
 def keep_checkpoint(output: str, iteration: int, files: Mapping[str, bytes], *, keep_newest: int) -> None:

@@ -1,12 +1,14 @@
 """How large actors are and how many, so that each fits in one node of the cluster, or in one that is yet to come."""
 
 import logging
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray
 
-from jobs import annotate_pool, start_ray, train_intent
+from jobs import annotate_pool, start_ray, train_feed, train_intent
+from jobs.train_task import Worker
 from pipeline.config import AnnotateConfig, TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.units import FrozenJob
@@ -129,3 +131,16 @@ def test_how_many_workers_is_not_guessed_where_gpus_are_yet_to_come(monkeypatch:
     assert train_intent._workers_at_hand(training(monkeypatch, gpus=0, cores=[8])) == "1"
     with pytest.raises(ConfigError, match="Give --workers"):
         train_intent._workers_at_hand(training(monkeypatch, gpus=0, cores=[8], device="cuda"))
+
+
+@pytest.mark.parametrize(("cpus", "world", "num_sets", "feeders", "each"), [
+    (10, 2, 1, 4, 1.0),      # 8 are left by the workers, 4 for each
+    (10, 2, 2, 4, 0.5),      # tasks of one dataset leave room for those of the other
+    (100, 2, 1, 8, 1.0),     # more would wait
+    (5, 4, 1, 1, 0.25), (33, 32, 1, 1, 0.1),  # a task fits in what is left
+    (4, 4, 1, 1, 0), (4, 8, 2, 1, 0)])        # the workers have all: the task takes none, or would never run
+def test_a_ranks_feeding_tasks_fit_in_its_share_of_the_cpus_that_the_workers_leave(
+        cpus: int, world: int, num_sets: int, feeders: int, each: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus)})
+    worker = cast(Worker, SimpleNamespace(world=world, task=SimpleNamespace(sets=[None] * num_sets)))
+    assert (train_feed._num_feeders(worker), train_feed._cpus_of_feeder(worker)) == (feeders, each)

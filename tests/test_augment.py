@@ -251,6 +251,16 @@ def test_joints_outside_of_the_crop_are_not_labelled(x: float, visible: int) -> 
     assert found.joints_xy[0].tolist() == ([0.0, 0.0] if visible == 0 else [x, 100.0])
 
 
+@pytest.mark.parametrize(("x", "y", "visible"), [
+    (-30.0, -30.0, 2), (-30.01, 0.0, 0), (0.0, -30.01, 0), (221.0, 285.0, 2), (221.01, 0.0, 0), (0.0, 285.01, 0)])
+def test_joints_up_to_a_margin_outside_of_the_crop_count_and_keep_their_place(x: float, y: float, visible: int) -> None:
+    found = training_sample(
+        np.zeros((256, 192, 3), np.uint8), (0.0, 0.0, 192.0, 256.0), keypoints(nose=(x, y, 2)), skeleton=COCO17,
+        input_size_wh=SIZE, augmentation=STILL, padding_wh=PADDING, generator=sample_generator(0, 0, 0), margin_px=30)
+    assert found.visible[0] == visible
+    assert found.joints_xy[0].tolist() == [x * (visible > 0), y * (visible > 0)]
+
+
 def test_equal_keys_give_equal_samples_and_others_another() -> None:
     first, again = sample(PICTURE, FACE, key=(1, 2, 3)), sample(PICTURE, FACE, key=(1, 2, 3))
     np.testing.assert_array_equal(first.crop, again.crop)

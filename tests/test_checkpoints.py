@@ -1,14 +1,15 @@
 """Which of a training's checkpoints stay, which one is whole, and that each is a model that any command takes."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from jobs.train_checkpoints import restore
-from jobs.train_task import TrainTask
+from jobs.train_checkpoints import Keeper, restore
+from jobs.train_task import TrainTask, Worker
 from pipeline import checkpoints, storage, training
 from pipeline.checkpoints import Checkpoint, list_checkpoints
 from pipeline.config import TrackingConfig
@@ -68,6 +69,8 @@ def test_what_was_broken_off_is_no_checkpoint_and_is_replaced_whole(place: str) 
 def test_a_checkpoint_of_an_earlier_version_has_its_state_alone_and_counts(tmp_path: Path) -> None:
     storage.put_if_absent(storage.join(checkpoints.checkpoint_uri(str(tmp_path), 100), "state.pt"), b"state")
     (tmp_path / "_checkpoints" / "checkpoint_manager_snapshot.json").write_text("{")
+    (tmp_path / "_checkpoints" / "of_others").mkdir()
+    (tmp_path / "_checkpoints" / "of_others" / "state.pt").write_bytes(b"state")
     assert [(each.iteration, each.ap) for each in list_checkpoints(str(tmp_path))] == [(100, None)]
 
 
@@ -95,6 +98,40 @@ def test_a_store_that_fails_is_said_and_leaves_the_others_and_no_half_one(
 
     assert [each.iteration for each in list_checkpoints(output)] == [100]
     assert not Path(checkpoints.checkpoint_uri(output, 200)).exists()
+
+
+def test_a_checkpoint_is_whole_with_its_last_file_and_gone_with_the_first_that_is_removed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[list[int]] = []
+    for name in ("put_if_absent", "remove_own"):
+        act = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda *given, act=act: (
+            there.append([each.iteration for each in list_checkpoints(str(tmp_path))]), act(*given))[1])
+    keep(str(tmp_path), 100)
+    keep(str(tmp_path), 200, keep_newest=1)
+    # before each of its three files is put, then of the next one's, then before each of the first one's is removed
+    assert there == [[]] * 3 + [[100]] * 3 + [[100, 200], [200], [200]]
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_is_a_warning_and_the_next_time_removes_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refused(uri: str) -> None:
+        raise StorageError("not allowed")
+
+    keep(str(tmp_path), 600)
+    with monkeypatch.context() as patches:
+        patches.setattr(storage, "remove_own", refused)
+        keep(str(tmp_path), 700, keep_newest=1)
+    assert "an old checkpoint could not be removed" in caplog.text
+    assert [each.iteration for each in list_checkpoints(str(tmp_path))] == [600, 700]
+    keep(str(tmp_path), 800, keep_newest=1)
+    assert [each.iteration for each in list_checkpoints(str(tmp_path))] == [800]
+
+
+def test_a_checkpoint_that_another_run_puts_too_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "put_if_absent", lambda uri, data: False)
+    with pytest.raises(StorageError, match="another run puts the same checkpoint"):
+        keep(str(tmp_path), 100)
 
 
 def test_a_checkpoint_is_a_model_that_any_command_takes(tmp_path: Path) -> None:
@@ -160,3 +197,37 @@ def test_a_run_goes_on_from_the_newest_checkpoint_not_from_the_best(place: str) 
     found = restored(place)
     assert found is not None
     assert found.iteration == 200
+
+
+def keeper(output: str) -> Keeper:
+    return Keeper(cast(Worker, SimpleNamespace(
+        task=SimpleNamespace(config=SimpleNamespace(output=output, keep_checkpoints=2)), rank=0, world=1, iteration=0)))
+
+
+def test_the_third_checkpoint_in_a_row_that_can_not_be_kept_ends_the_run_and_names_the_last_good_one(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def full() -> dict[str, bytes]:
+        raise OSError(28, "No space left on device")
+
+    keeping, said = keeper(str(tmp_path)), []
+    for make_files in (full, full, files, full, full, full):
+        keeping.worker.iteration += 100
+        said.append(keeping.keep(make_files))
+
+    assert said[:5] == [None] * 5  # one that was kept begins the count anew
+    assert re.search(r"3 checkpoints in a row could not be kept: .*No space left.*last good checkpoint is .*-0000300 "
+                     r".*--set init=.*-0000300 begins.*the same command goes on", str(said[5]))
+    assert caplog.text.count("could not be kept, and training goes on to the next one") == 4
+
+
+def test_a_machine_that_is_about_to_go_is_told_of_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import ray.train
+
+    keeping = keeper(str(tmp_path))
+    announced = [None, ["a"], ["a"], ["a", "b"], ["b"], None]
+    said = iter(announced)
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: (nodes := next(said)) and SimpleNamespace(
+        preempted_node_ids=nodes))
+    assert [keeping.machine_leaves() for _ in announced] == [False, True, False, True, False, False]
+    assert caplog.text.count("will be taken away") == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import JOBS
-from pipeline.config import AnnotateConfig, ShardConfig, TrainConfig, load_config
+from pipeline.config import AnnotateConfig, ShardConfig, TrainConfig, load_config, locations
 from pipeline.errors import ConfigError
 
 NEEDED = {"images": "in", "output": "out"}
@@ -100,6 +100,47 @@ def test_a_recipes_values_out_of_range_are_refused_by_name(assignment: str) -> N
         load_config(TrainConfig, assignments=[assignment], flags={"data": "d", "output": "o"})
 
 
+SHARE, COUNT, FACTOR, WIDTH = ([0, 1], [-0.01, 1.01]), ([1], [0]), ([0.01], [0]), ([0], [-0.01])
+RANGES = {
+    **{f"augmentation.{name}": SHARE for name in (
+        "center_jitter", "center_jitter_probability", "rotation_probability", "flip_probability",
+        "half_body_probability")},
+    **{f"augmentation.{name}": COUNT for name in ("half_body_min_joints", "half_body_taken_from", "half_body_needs")},
+    **{f"augmentation.{name}": FACTOR for name in (
+        "base_scale", "half_body_scale", "rotation_sigma_deg", "scale_sigma")},
+    "augmentation.rotation_deg": ([0, 180], [-1, 181]),
+    "augmentation.scale_range": (["[0.5,0.5]"], ["[0,1]", "[0.6,0.5]"]),
+    **{f"augmentation.{name}": (["[0,0]"], ["[-0.1,0]", "[0,-0.1]"]) for name in ("extend_wh", "half_body_extend_wh")},
+    "optimiser.learning_rate_per_worker": FACTOR, "optimiser.weight_decay": WIDTH, "optimiser.warmup_factor": SHARE,
+    "optimiser.iterations": COUNT, "optimiser.warmup_iterations": ([0], [-1]), "optimiser.batch_size_per_worker": COUNT,
+    "optimiser.accumulate": ([1, 32], [0, 64]), "optimiser.clip_norm": FACTOR,
+    **{f"optimiser.{name}": ([0.01, 0.99], [0, 1]) for name in ("decay_factor", "ema_decay")},
+    "promotion.version": COUNT, "promotion.tolerance": SHARE, "promotion.threads": COUNT,
+    "threads": COUNT, "validate_every": COUNT, "validate_persons": COUNT, "keep_checkpoints": COUNT,
+    "heatmap_scale": FACTOR, "data": (["{uri: d, weight: 0.01}"], ["{uri: d, weight: 0}", "[]"]),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_trainings_setting_is_taken_up_to_the_ends_of_its_range_and_refused_beyond(name: str) -> None:
+    taken, refused = RANGES[name]
+    needed = {"output": "o"} if name == "data" else {"data": "d", "output": "o"}
+    for value in taken:
+        load_config(TrainConfig, assignments=[f"{name}={value}"], flags=needed)
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"^{name}"):
+            load_config(TrainConfig, assignments=[f"{name}={value}"], flags=needed)
+
+
+@pytest.mark.parametrize("architecture", ["hrnet", "hourglass"])
+def test_a_loss_for_four_heads_is_refused_for_a_network_that_has_others(architecture: str) -> None:
+    flags = {"data": "d", "output": "o", "network": {"architecture": architecture}}
+    with pytest.raises(ConfigError, match=rf"coarse-to-fine is for mspn and rsn, .*; {architecture} learns with"):
+        load_config(TrainConfig, assignments=["loss.kind=coarse-to-fine"], flags=flags)
+    asked = load_config(TrainConfig, assignments=["loss.kind=gaussian"], flags=flags | {"network": {}})
+    assert (asked.network.architecture, asked.loss.kind) == ("mspn", "gaussian")
+
+
 @pytest.mark.parametrize("workers", ["2:1", "0", "0:2", "2:", "1:2:3", "-1", "two"])
 def test_workers_that_could_not_be_are_refused_before_anything_is_frozen(workers: str) -> None:
     with pytest.raises(ConfigError, match=r"workers: .*1 <= MIN <= MAX.*" + workers):
@@ -126,6 +167,33 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         load_config(ShardConfig, files=[str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(("assignment", "why"), [
+    ("seed", r"--set seed: expected a\.b=value"), ("=3", "--set =3: expected"),
+    ("seed.a=1", "--set seed.a=1: seed is a value, not a group of settings"),
+    ("zzz=1", "zzz is not a setting of this job; known: images, output, annotations"),
+    ("tracking.zzz=1", "tracking.zzz is not a setting of this job; known: enabled, uri, experiment")])
+def test_an_assignment_that_sets_nothing_is_refused_with_what_it_could_be(assignment: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load_config(ShardConfig, assignments=["seed=1", assignment], flags=NEEDED)
+
+
+def test_what_is_needed_and_not_given_is_named_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"^output is needed: give --output or set it in the configuration file\.$"):
+        load_config(ShardConfig, files=[str(tmp_path / "empty.yaml")], flags={"images": "in", "output": None})
+    with pytest.raises(ConfigError, match=r"gone\.yaml: No such file"):
+        load_config(ShardConfig, files=[str(tmp_path / "gone.yaml")])
+
+
+def test_places_are_spelled_in_full_also_in_lists_and_what_is_not_given_stays_so(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(TrainConfig, flags={"data": ["a", "{uri: b/, weight: 2}"], "output": "s3://bucket/o/"})
+    full = locations(config, "data", "output", "val")
+    assert [(one.uri, one.weight) for one in full.data] == [(f"{tmp_path}/a", 1), (f"{tmp_path}/b", 2)]
+    assert (full.output, full.val, full.trunk) == ("s3://bucket/o", None, None)
 
 
 def test_settings_cannot_be_changed_once_read() -> None:

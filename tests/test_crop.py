@@ -10,6 +10,7 @@ from pipeline.pose.crop import (
     Region,
     crop_matrix,
     crop_person,
+    crop_persons,
     fit_aspect,
     joints_to_crop,
     joints_to_image,
@@ -93,6 +94,19 @@ def test_a_picture_wider_than_sixteen_bits_is_cropped_at_its_far_end() -> None:
     assert crop[128, 96].tolist() == [255, 255, 255]
 
 
+def test_the_crops_of_a_pictures_persons_are_each_ones_own_and_of_nobody_none() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (100, 120, 3), dtype=np.uint8)
+    boxes = np.array([[10.0, 20.0, 30.0, 60.0], [50.0, 5.0, 60.0, 40.0]])
+    several = crop_persons(picture, boxes, SIZE, padding_wh=AUTHORS_PADDING)
+    for index, box in enumerate(boxes):
+        region = region_for_box(box, SIZE, padding_wh=AUTHORS_PADDING)
+        np.testing.assert_array_equal(several.crops[index], crop_person(picture, crop_matrix(region, SIZE), SIZE))
+        assert several.centers_xy[index].tolist() == region.center_xy.tolist()
+        assert several.sizes_wh[index].tolist() == region.size_wh.tolist()
+    nobody = crop_persons(picture, boxes[:0], SIZE, padding_wh=AUTHORS_PADDING)
+    assert (nobody.crops.shape, nobody.centers_xy.shape, nobody.sizes_wh.shape) == ((0, 256, 192, 3), (0, 2), (0, 2))
+
+
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((30.0, 40.0), (30.0, 40.0)), ((60.0, 40.0), (60.0, 80.0)), ((30.0, 80.0), (60.0, 80.0))],
@@ -120,12 +134,14 @@ def test_joints_come_back_from_the_crop() -> None:
     np.testing.assert_allclose(joints_to_image(in_crops, centers, sizes, SIZE), joints, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)])
+@pytest.mark.parametrize("box", [
+    (0, 0, 0, 0), (0, 0, -5, 10), (0, 0, 5, -1), (0, 0, 5, float("nan")), (float("inf"), 0, 5, 5)])
 def test_a_box_without_extent_is_refused(box: tuple[float, float, float, float]) -> None:
     with pytest.raises(DataError, match="no positive finite extent"):
         region_for_box(box, SIZE, padding_wh=AUTHORS_PADDING)
 
 
 def test_a_line_is_a_box_since_the_aspect_gives_it_extent() -> None:
-    region = region_for_box((10, 10, 0, 40), SIZE, padding_wh=(1.0, 1.0))
-    np.testing.assert_allclose(region.size_wh, (30, 40))
+    for line in ((10, 10, 0, 40), (10, 10, 30, 0)):
+        region = region_for_box(line, SIZE, padding_wh=(1.0, 1.0))
+        np.testing.assert_allclose(region.size_wh, (30, 40))

@@ -100,6 +100,13 @@ def test_of_tied_cells_the_first_in_reading_order_wins() -> None:
     assert joint == [4 * 4 + 2, 4 * 3.75 + 2]
 
 
+def test_cells_that_tie_do_so_whatever_the_peak_as_no_sum_is_rounded() -> None:
+    maps = torch.zeros(500, 1, 9, 9)
+    maps[:, 0, 4, 4] = torch.from_numpy(np.random.default_rng(0).uniform(1, 255, 500).astype(np.float32))
+    joints, _ = decode_heatmaps(maps, (36, 36), decoding=Decoding(blur_kernel=9))
+    assert (joints[:, 0] == torch.tensor([4 * 4 + 2, 4 * 3.75 + 2])).all()
+
+
 @pytest.mark.parametrize("value", [0, -3])
 def test_an_empty_or_negative_map_ends_in_the_first_corner(value: float) -> None:
     joint, score = decoded(torch.full((1, 1, 8, 8), float(value)), OFFICIAL)
@@ -111,6 +118,10 @@ def test_an_official_joint_stays_inside_of_the_map() -> None:
     joint, _ = decoded(one_map({(0, 0): 200, (7, 0): 10}), OFFICIAL)
     assert joint[0] >= 2
     assert joint[1] == 2
+    # the blur's second-highest cell is the one outside, beside the last
+    around = {(7, 4): 100.0, (6, 4): -50.0, (7, 3): -50.0, (7, 5): -50.0}
+    assert decoded(one_map(around), OFFICIAL)[0] == [4 * 7 + 2, 4 * 4 + 2]
+    assert decoded(one_map({(y, x): value for (x, y), value in around.items()}), OFFICIAL)[0] == [4 * 4 + 2, 4 * 7 + 2]
 
 
 def test_mmposes_inner_peak_moves_by_the_signs_of_the_differences_and_half_a_cell() -> None:

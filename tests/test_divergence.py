@@ -38,6 +38,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_iteration_and_persons() -> 
     bad = step(network, optimiser, random_batch(), 42, 0.0)
 
     assert divergence([good]) is None
+    assert divergence_text([divergence([good]), divergence([])], ["shards"]) is None
     message = divergence_text([divergence([good, bad])], ["shards"])
     assert message is not None
     assert "The loss of iteration 42 is nan" in message

@@ -186,6 +186,18 @@ def test_a_person_without_a_torso_has_errors_but_no_pck(torso):
     assert evaluation.joints[2].error_px == pytest.approx(5.0)
 
 
+def test_joints_without_a_torso_have_errors_and_no_pck_and_it_is_said_why():
+    hand = Skeleton("hand", ("thumb", "wrist"), (), (), (0.1, 0.1), ())
+    truth = truth_of(annotation(7, 1, [0.0, 0.0, 2, 30.0, 40.0, 2]))
+    truth["categories"][0]["keypoints"] = list(hand.joints)
+
+    evaluation = evaluate_keypoints(keypoint_rows([person([3.0, 4.0, 1, 30.0, 40.0, 1])], hand), truth, skeleton=hand)
+
+    assert (evaluation.pck, [joint.pck for joint in evaluation.joints]) == (None, [None, None])
+    assert [joint.error_px for joint in evaluation.joints] == pytest.approx([5.0, 0.0])
+    assert evaluation.pck_reason == "the skeleton 'hand' has no left_shoulder and right_hip to measure a torso by"
+
+
 def test_boxes_that_are_not_annotated_ones_give_no_pck_even_if_an_index_is_an_annotations_id():
     detected = person(LABELLED, box_x=3.0)
 
@@ -195,6 +207,49 @@ def test_boxes_that_are_not_annotated_ones_give_no_pck_even_if_an_index_is_an_an
     assert evaluation.pck is None
     assert "annotated" in evaluation.pck_reason
     assert evaluation.coco["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("other", "pck"), [
+    ({"box_x": 0.01, "box_h": 199.99}, 1.0), ({"box_x": 0.02}, None), ({"box_h": 199.98}, None),
+    ({"image_id": 2}, None), ({"box_id": 8}, None), ({"box_id": 6}, None)])
+def test_a_row_is_an_annotations_by_id_picture_and_box_to_the_two_decimals_of_files(other, pck):
+    truth = truth_of(annotation(7, 1, LABELLED), images=(1, 2))
+
+    evaluation = evaluate_keypoints(keypoint_rows([person(LABELLED, **other)], TORSO3), truth, skeleton=TORSO3)
+
+    assert evaluation.pck == pck
+
+
+def test_an_annotation_without_area_has_its_boxs():
+    truth = truth_of(annotation(7, 1, LABELLED, bbox=[0.0, 0.0, 50.0, 60.0]))
+    del truth["annotations"][0]["area"]
+
+    evaluation = evaluate_keypoints(keypoint_rows([person(LABELLED)], TORSO3), truth, skeleton=TORSO3)
+
+    # COCO's medium: 32 to 96 px squared; 3000 is, 50 + 60 and 200 * 200 are not
+    assert (evaluation.coco["APM"], evaluation.coco["APL"]) == (pytest.approx(1.0), None)
+
+
+def test_annotations_of_another_category_are_nobody_and_names_of_joints_may_be_in_capitals():
+    truth = truth_of(annotation(7, 1, LABELLED), {"id": 8, "image_id": 1, "category_id": 2, "bbox": [0, 0, 5, 5]})
+    truth["categories"] = [{"id": 2, "name": "dog", "keypoints": ["tail"]}, {"id": 3, "name": "chair"},
+                           truth["categories"][0] | {"keypoints": [name.upper() for name in TORSO3.joints]}]
+
+    evaluation = evaluate_keypoints(keypoint_rows([person(LABELLED)], TORSO3), truth, skeleton=TORSO3)
+
+    assert evaluation.counts["persons"] == 1
+    assert evaluation.coco["AP"] == pytest.approx(1.0)
+
+
+def test_a_joints_score_is_the_mean_over_all_persons_of_evaluated_pictures_and_its_error_over_those_matched():
+    rows = [person([*LABELLED[:2], 0.5, *LABELLED[3:5], 0.5, 103.0, 104.0, 0.5]),
+            person([5.0, 5.0, 1.0] * 3, box_id=None), person([0.0, 0.0, 9.0] * 3, image_id=2)]
+
+    evaluation = evaluate_keypoints(keypoint_rows(rows, TORSO3), truth_of(annotation(7, 1, LABELLED)), skeleton=TORSO3)
+
+    assert [joint.score for joint in evaluation.joints] == [0.75] * 3
+    assert [joint.error_px for joint in evaluation.joints] == pytest.approx([0.0, 0.0, 5.0])
+    assert "not counted: 1 pictures not in truth" in format_evaluation(evaluation)
 
 
 def test_an_annotation_with_id_0_counts_as_any_other():

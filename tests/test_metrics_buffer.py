@@ -22,6 +22,7 @@ def test_too_many_drop_the_oldest_and_count_them() -> None:
     buffer = MetricsBuffer(most=3)
     buffer.add(LoggedMetric("loss", 1.0, step, 0) for step in range(5))
     assert [each.step for each in buffer.first(10)] == [2, 3, 4]
+    assert [each.step for each in buffer.first(2)] == [2, 3]
     assert buffer.dropped == 2
     buffer.forget(2)
     assert [each.step for each in buffer.waiting] == [4]
@@ -42,6 +43,7 @@ def test_a_file_beside_the_output_holds_what_waits_and_goes_when_nothing_does(pl
 
 def test_what_two_files_have_comes_once(place: str) -> None:
     # a worker that was killed between putting its own file and removing the older one
+    storage.put_if_absent(storage.join(place, "_metrics", "unended"), b"a run's id, and no metrics")
     for name, some in (("unsent-a.jsonl", SOME[:1]), ("unsent-b.jsonl", SOME)):
         storage.put_if_absent(storage.join(place, "_metrics", name), metrics_lines(some))
     assert stored_metrics(place) == SOME

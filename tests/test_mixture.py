@@ -68,6 +68,28 @@ def test_the_positions_after_a_batch_pass_over_slots_that_were_left_out() -> Non
     assert mixture.positions_after((3, 50, 80), batch) == (8, 50, 91)
 
 
+def test_a_set_too_small_for_a_place_in_each_batch_has_its_turn_in_some() -> None:
+    mixed = mixture.mixed_batches([blocks(0, size=5), blocks(1, size=5)], [0.95, 0.05], batch_size=4, positions=(0, 0))
+    some = list(itertools.islice(mixed, 10))
+    assert all(batch["who"].shape == batch["set"].shape == (4,) for batch in some)
+    assert [who for batch in some for who in batch["who"] if who >= 1000] == [1000, 1001]
+    assert all((batch["who"] >= 1000).tolist() == (batch["set"] == 1).tolist() for batch in some)
+
+
+def test_a_stream_that_ends_ends_the_batches_without_a_shorter_one() -> None:
+    stream = itertools.islice(blocks(0, size=5), 3)
+    batches = [batch["who"].tolist() for batch in mixture.mixed_batches([stream], [1.0], batch_size=4, positions=(0,))]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # 12, 13 and 14 are left out
+
+
+def test_in_a_large_batch_too_each_sets_samples_are_in_their_places_and_in_order() -> None:
+    streams = [blocks(number, size=50) for number in range(3)]
+    batch = next(mixture.mixed_batches(streams, [0.5, 0.3, 0.2], batch_size=200, positions=(0, 0, 0)))
+    assert (batch["who"] // 1000 == batch["set"]).all()
+    for number, count in enumerate((100, 60, 40)):
+        assert batch["slot"][batch["set"] == number].tolist() == list(range(count))
+
+
 # --- joints -------------------------------------------------------------------------------------------------------
 
 

@@ -31,5 +31,15 @@ def test_of_poses_that_are_nearly_the_same_the_best_stays() -> None:
     assert same.tolist() == [0, 1, 2]
 
 
+def test_of_equal_poses_the_first_stays_and_a_threshold_of_1_suppresses_nobody() -> None:
+    copies, areas, scores = moved(*[0.0] * 40), np.full(40, 100.0), np.full(40, 0.5)
+    assert suppress_poses(copies, areas, scores, sigmas=SIGMAS, threshold=0.9).tolist() == [0]
+    assert suppress_poses(copies, areas, scores, sigmas=SIGMAS, threshold=1.0).tolist() == list(range(40))
+
+
+def test_a_pose_without_area_is_like_itself_alone() -> None:
+    assert pose_oks(POSE, moved(0, 1), 0.0, np.zeros(2), sigmas=SIGMAS).tolist() == [1, 0]
+
+
 def test_nobody_suppresses_nobody() -> None:
     assert suppress_poses(np.empty((0, 2, 2)), np.empty(0), np.empty(0), sigmas=SIGMAS, threshold=0.9).tolist() == []

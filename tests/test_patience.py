@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,6 +62,31 @@ def test_it_ends_with_what_the_store_said_once_patience_does(
         patience.waited_out(lambda: storage.read_object(f"{bucket}/x"))
     assert len(flaky.asked("GET")) > 2
     assert time.monotonic() - began < 20
+
+
+def test_pauses_grow_to_a_minute_and_end_within_a_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    def away() -> None:
+        raise StorageError("away")
+
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    with pytest.raises(StorageError, match="away"):
+        patience.waited_out(away)
+    assert slept == [10] + [60] * 14  # another minute would be the 910th second
+
+
+def test_what_was_asked_for_is_given_once_the_store_is_back_and_it_is_said_how_long_it_was_away(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    assert patience.waited_out(lambda: 7) == 7
+    assert not caplog.text
+    answers = Mock(side_effect=[StorageError("away"), StorageError("away"), None])
+    assert patience.waited_out(answers) is None
+    assert slept == [10, 60]
+    assert "asked again in 60 s: away" in caplog.text
+    assert "the store is back after 70 s" in caplog.text
 
 
 def test_what_is_about_the_object_is_not_waited_for(flaky: FaultProxy, bucket: str) -> None:

@@ -1,5 +1,6 @@
 """An alias moves only to a model that deserves it: its files as registered, alive in a fresh process, not worse."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -8,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -26,9 +28,9 @@ from pipeline.model_registry import RegisteredVersion
 from pipeline.pose.skeleton import COCO17, MPII16
 from pipeline.promotion import Promotion, PromotionRefused
 from pipeline.samples import trainable_counts
-from pipeline.shards import ShardDataset
+from pipeline.shards import ShardDataset, dataset_json, read_part, version_name
 from pipeline.units import freeze_job
-from tests.test_training import made_shards
+from tests.test_training import made_shards, write_part
 from tests.worlds import TINY, write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -347,6 +349,19 @@ def test_a_training_that_could_not_be_promoted_is_refused_before_it_begins(
         job.refuse_unpromotable(config, data)
 
 
+def test_a_set_to_measure_on_has_the_datas_joints(data, tmp_path) -> None:
+    config = load_config(TrainConfig, flags={
+        "data": data.uri, "val": "/nowhere", "output": "/nowhere", "register": "pose", "promote": "champion",
+        "promotion": {"data": data.uri}})
+    job.refuse_unpromotable(config, data)
+    with pytest.raises(ConfigError, match="has other joints than --data"):
+        job.refuse_unpromotable(config, replace(data, skeleton=MPII16))
+    bare = dataset_json(data.parts, version=1, skeleton=None, source={}, counts={})
+    (tmp_path / version_name(1)).write_bytes(bare)
+    with pytest.raises(ConfigError, match="without --annotations: no AP can be measured"):
+        job.open_frozen_set(str(tmp_path), None)
+
+
 def test_train_decides_once_on_val_as_it_was_when_the_model_was_trained(
         settings, data, trained, untrained, quick_trial, tmp_path) -> None:
     model_registry.move_alias(trained, "decided", tracking=settings)
@@ -404,6 +419,15 @@ def test_a_registration_is_broken_off_anywhere_and_the_same_command_makes_one_ve
     assert train._register(*ended) == registered
 
 
+def test_a_runs_version_is_that_of_just_this_name_and_these_files() -> None:
+    found = [("other", {"sha256.a": "1"}, 3), ("pose", {"sha256.a": "2"}, 4), ("pose", {"sha256.a": "1", "x": "y"}, 5)]
+    versions = [SimpleNamespace(name=name, tags=tags, version=version) for name, tags, version in found]
+    client = Mock(search_model_versions=lambda asked: versions if asked == "run_id = 'r'" else [])
+    assert model_registry._version_of_run(client, "pose", "r", {"sha256.a": "1"}) == "5"
+    assert model_registry._version_of_run(client, "third", "r", {"sha256.a": "1"}) is None
+    assert model_registry._version_of_run(client, "pose", None, {"sha256.a": "1"}) is None
+
+
 def test_other_files_of_the_same_run_are_another_version(settings, run_id, tmp_path) -> None:
     other = write_tiny_model(tmp_path / "other")
     for version, directory in (("1", TRAINED), ("2", other), ("1", TRAINED)):
@@ -443,6 +467,56 @@ def test_a_training_begins_from_the_version_behind_an_alias_and_goes_on_when_tha
 
 
 # --- a fresh process ----------------------------------------------------------------------------------------------
+
+
+def test_the_trial_picture_is_the_first_with_somebody_to_predict(data: ShardDataset, tmp_path: Path) -> None:
+    rows = [row | {"size": len(row["bytes"])} for row in read_part(data, data.parts[0]).to_pylist()]
+    refused = rows[0] | {"bytes": None, "reason": "corrupt"}
+    crowds = rows[1] | {"persons": [person | {"iscrowd": True} for person in rows[1]["persons"]]}
+    first = write_part(Path(data.uri), 7, [refused, rows[1] | {"persons": []}, rows[1] | {"persons": None}, crowds])
+    second = write_part(Path(data.uri), 8, [refused, *rows[2:]])
+    found = promotion.trial_picture(replace(data, parts=(first, second)))
+    assert found.data == rows[2]["bytes"]
+    assert found.boxes_xywh == [person["box_xywh"] for person in rows[2]["persons"] if not person["iscrowd"]]
+    with pytest.raises(ConfigError, match="no picture with an annotated person to measure on"):
+        promotion.trial_picture(replace(data, parts=(first,)))
+
+
+def in_fresh_process(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What becomes of a trial in which this code stands in for `fresh_predict`."""
+    (folder / "script.py").write_text("import json, os, sys, time\nfrom pathlib import Path\n" + script)
+    monkeypatch.setattr(promotion, "SCRIPT", folder / "script.py")
+    picture = promotion.TrialPicture(b"picture", [[1.0, 2.0, 3.0, 4.0]])
+    return promotion.predict_in_fresh_process("models:/pose/3", "http://ann:s3cret@mlflow", picture)
+
+
+def test_a_fresh_process_sees_the_request_in_a_file_and_nothing_of_this_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "true")
+    seen = in_fresh_process(
+        "asked, answer, downloads = map(Path, sys.argv[1:])\n"
+        "answer.write_text(json.dumps({'asked': json.loads(asked.read_text()), 'path': sys.path, 'argv': sys.argv,\n"
+        "    'environment': dict(os.environ), 'here': os.listdir(), 'downloads': os.listdir(downloads)}))",
+        tmp_path, monkeypatch)
+    assert seen["asked"] == {"tracking_uri": "http://ann:s3cret@mlflow", "reference": "models:/pose/3",
+                             "boxes": [[1, 2, 3, 4]], "picture": base64.b64encode(b"picture").decode()}
+    assert "s3cret" not in str(seen["argv"])
+    assert not {"", str(tmp_path)} & set(seen["path"])
+    assert not [name for name in seen["environment"] if name.startswith("PYTHON")]
+    assert seen["environment"]["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    assert (sorted(seen["here"]), seen["downloads"]) == (["model", "request.json"], [])
+
+
+@pytest.mark.parametrize(("script", "patience_s", "why"), [
+    ("raise ValueError('no such\\nweights.')\n", 60, r"does not load .*: weights\. Register it again"),
+    ("os._exit(3)", 60, "it ended without a word"),
+    ("time.sleep(60)", 0.2, "gave no answer in a fresh process within 0.2 s")])
+def test_a_model_that_does_not_answer_in_a_fresh_process_is_refused_with_its_last_words(
+        script: str, patience_s: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotion, "FRESH_TIMEOUT_S", patience_s)
+    with pytest.raises(PromotionRefused, match=why):
+        in_fresh_process(script, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

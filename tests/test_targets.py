@@ -49,7 +49,8 @@ def test_every_map_peaks_at_255_also_at_the_border(x: float, y: float) -> None:
     assert drawn(x, y).amax(dim=(1, 2)).tolist() == pytest.approx([255] * 5, abs=1e-4)
 
 
-@pytest.mark.parametrize(("x", "y", "visible"), [(96, 128, 0), (-0.5, 9, 2), (192, 9, 2), (96, 256, 2), (9, -9, 1)])
+@pytest.mark.parametrize(("x", "y", "visible"), [
+    (96, 128, 0), (-0.5, 9, 2), (192, 9, 2), (96, 256, 2), (9, -9, 1), (-5000, 9, 2), (9, 5000, 2)])
 def test_joints_that_are_unlabelled_or_outside_get_empty_maps(x: float, y: float, visible: int) -> None:
     assert not drawn(x, y, visible=visible).any()
 

@@ -19,9 +19,10 @@ import torch
 from jobs import evaluate
 from pipeline.config import EvaluateConfig, TrackingConfig
 from pipeline.errors import ConfigError, DataError
+from pipeline.metrics_buffer import LoggedMetric
 from pipeline.model.directory import ModelSpec, save_model
 from pipeline.model.mspn import MSPN, MSPNConfig
-from pipeline.model_registry import register_model_directory, registered_version, resolve_model
+from pipeline.model_registry import refuse_bad_name, register_model_directory, registered_version, resolve_model
 from pipeline.pose.skeleton import COCO17
 from pipeline.prediction import Predictor
 from pipeline.tracking import (
@@ -80,8 +81,10 @@ def test_a_run_keeps_what_was_logged(tracking, client):
     assert kept.data.metrics == {"ap": 0.5}
     assert client.get_metric_history(run.run_id, "ap")[0].step == 7
     assert kept.data.tags["dataset"] == "v1"
-    dataset = kept.inputs.dataset_inputs[0].dataset
-    assert (dataset.name, dataset.digest) == ("people", "d" * 36)
+    [read] = kept.inputs.dataset_inputs
+    dataset = read.dataset
+    assert (dataset.name, dataset.digest, dataset.source_type) == ("people", "d" * 36, "s3")
+    assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "training")]
     assert json.loads(dataset.source) == {"uri": "s3://bucket/shards"}
     assert {file.path for file in client.list_artifacts(run.run_id)} == {"notes"}
 
@@ -131,6 +134,30 @@ def test_a_job_that_resumes_ends_its_own_run_and_keeps_its_first_parameters(trac
     kept = client.get_run(first.run_id)
     assert kept.info.status == "FINISHED"
     assert kept.data.params == {"workers": "2", "resumed": "True"}
+
+
+def test_a_run_that_is_interrupted_is_killed_and_one_that_is_another_process_s_is_not(tracking, client):
+    with contextlib.suppress(KeyboardInterrupt), open_run(tracking, name="train") as run:
+        with contextlib.suppress(KeyboardInterrupt), open_run(tracking, name="worker", run_id=run.run_id):
+            raise KeyboardInterrupt
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+        raise KeyboardInterrupt
+    assert client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_more_parameters_than_a_request_takes_are_all_kept(tracking, client):
+    params = {f"p{number}": number for number in range(250)}  # MLflow takes 100 at once
+    with open_run(tracking, name="train") as run:
+        run.log_params(params)
+    assert client.get_run(run.run_id).data.params == {name: str(value) for name, value in params.items()}
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy(tracking, client):
+    client.delete_experiment(client.create_experiment("gone"))
+    gone = tracking.model_copy(update={"experiment": "gone"})
+    with pytest.raises(ConfigError, match=r"'gone' can't be used at sqlite.*tracking\.experiment=another"), \
+            open_run(gone, name="train"):
+        pass
 
 
 def test_system_metrics_are_logged_for_this_machine(tracking, client, monkeypatch):
@@ -254,6 +281,29 @@ def test_what_waits_at_the_end_is_sent_then_and_what_cannot_be_is_counted(server
     assert "s3cret" not in caplog.text
 
 
+def test_of_what_waits_all_numbers_are_sent_a_thousand_at_once_and_the_newest_fifty_of_everything_else(server, caplog):
+    server.away = True
+    run = Run(server, location="http://tracking", run_id="1")
+    for step in range(2500):
+        run.log_later([LoggedMetric("loss", 1.0, step, 0)])
+    for number in range(52):
+        run.log_text(f"note-{number}.txt", "")
+    server.away = False
+    run.close(end=lambda client, run_id: client.set_terminated(run_id, "FINISHED"))
+
+    assert [step for _, step, _ in server.metrics] == list(range(2500))
+    assert server.done == ["metrics"] * 3 + [f"note-{number}.txt" for number in range(2, 52)] + ["FINISHED"]
+    assert run.ended
+    assert "It lacks 0 metrics, note-0.txt, note-1.txt" in caplog.text
+
+
+def test_an_end_that_does_not_arrive_is_no_end(server):
+    server.away = True
+    run = Run(server, location="http://tracking", run_id="1")
+    run.close(end=lambda client, run_id: client.set_terminated(run_id, "FINISHED"))
+    assert not run.ended
+
+
 def test_a_run_that_goes_on_is_opened_while_mlflow_is_away(server, monkeypatch, caplog):
     def connect(_):
         if server.away:
@@ -357,6 +407,13 @@ def test_looking_up_a_model_while_tracking_is_off_is_refused(tmp_path):
 def test_a_misspelt_reference_is_refused_with_the_right_forms(reference, tracking):
     with pytest.raises(ConfigError, match="models:/name@alias"):
         registered_version(reference, tracking=tracking)
+
+
+@pytest.mark.parametrize("name", ["", " pose", "a/b", "a:b", "a@b"])
+def test_a_name_that_no_reference_could_have_is_refused_at_once(name):
+    refuse_bad_name("pose 2.v_3")
+    with pytest.raises(ConfigError, match="can't be a registered model's name"):
+        refuse_bad_name(name)
 
 
 def test_a_folder_without_a_model_is_not_registered(tracking, tmp_path):

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from pipeline import mixture, samples, shards, training
 from pipeline.coco import parse_annotations
 from pipeline.errors import ConfigError, DataError
-from pipeline.images import read_header
+from pipeline.images import decode_picture, read_header
 from pipeline.model.directory import ModelSpec, normalise_crops
 from pipeline.model.loss import mspn_loss
 from pipeline.model.mspn import MSPN
 from pipeline.model.targets import draw_targets
 from pipeline.pose.augment import Augmentation
 from pipeline.pose.skeleton import COCO17
+from pipeline.shard_plan import DROPPED
 from tests.worlds import TINY, write_pictures
 
 SPEC = ModelSpec(network=TINY, skeleton=COCO17.to_json())
@@ -100,6 +102,8 @@ def test_a_report_names_each_heads_share_of_the_loss() -> None:
     report = step(network, training.make_optimiser(network, weight_decay=0.0), random_batch(), 7, 0.0)
     assert report.heads.shape == (1, 4)
     assert float(report.heads.sum()) == pytest.approx(float(report.loss), rel=1e-6)
+    assert not report.loss.requires_grad  # reports are kept for a while, and activations mustn't be with them
+    assert not report.heads.requires_grad
 
 
 # --- the state in a file ------------------------------------------------------------------------------------------
@@ -112,10 +116,11 @@ def test_two_iterations_and_two_more_after_a_restart_are_four_bit_for_bit(tmp_pa
 
     first = Run(data)
     first.train(2)
-    saved = first.state()
+    saved, random = first.state(), torch.get_rng_state()
     torch.manual_seed(99)
     second = Run(data)
     second.load(saved)
+    assert torch.equal(torch.get_rng_state(), random)
     second.train(2)
 
     assert second.iteration == unbroken.iteration == 4
@@ -205,6 +210,15 @@ def test_another_seed_gives_another_order_and_other_crops(tmp_path: Path) -> Non
     assert (first["crop"] != other["crop"]).any()
 
 
+def test_a_recipes_margin_keeps_joints_that_the_crop_cuts_off(tmp_path: Path) -> None:
+    data = made_shards(tmp_path, num_shards=1)
+    tight = replace(RECIPE, padding_wh=(0.5, 0.5))
+    cut, kept, whole = (next(samples.turn_samples(data, samples.Turn(0, 0, 0, 0), recipe))["visible"] > 0
+                        for recipe in (tight, replace(tight, margin_px=64), replace(RECIPE, padding_wh=(9.0, 9.0))))
+    assert (kept == whole).all()  # a box of twice the crop's sides reaches half of them, 32 px, beyond it
+    assert cut.sum() < kept.sum()
+
+
 def test_more_ranks_than_shards_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"7 workers need .* has 6.*--images-per-shard"):
         next(samples.rank_turns(COUNTS, seed=0, rank=0, world=7))
@@ -224,6 +238,67 @@ def test_a_picture_that_does_not_decode_leaves_its_slots_out_and_nothing_else(tm
     good = [(slot, who) for slot, who in stream_epoch(data) if who not in lost]
     assert lost
     assert stream_epoch(broken) == good
+
+
+def test_a_shard_of_which_nobody_can_be_cropped_is_refused_where_all_of_it_was_tried(tmp_path: Path) -> None:
+    data = made_shards(tmp_path, num_shards=12, broken="000003.jpg")
+    [number] = [number for number, part in enumerate(data.parts)
+                if shards.read_part(data, part)["key"].to_pylist() == ["000003.jpg"]]
+    named = f"none of the {samples.trainable_counts(data)[number]} persons in {data.parts[number].name} can be cropped"
+    with pytest.raises(DataError, match=named):
+        list(samples.turn_samples(data, samples.Turn(0, number, 50, 0), RECIPE))
+    assert list(samples.turn_samples(data, samples.Turn(0, number, 51, 1), RECIPE)) == []
+
+
+def test_a_shards_samples_come_in_blocks_of_bounded_size_and_each_picture_is_decoded_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(samples, "BLOCK_SAMPLES", 5)
+    monkeypatch.setattr(samples, "decode_picture", lambda data: (decoded.append(data), decode_picture(data))[1])
+    data = made_shards(tmp_path, num_shards=1)
+    (count,) = samples.trainable_counts(data)
+    sizes = [len(block["crop"]) for block in samples.turn_samples(data, samples.Turn(0, 0, 0, 0), RECIPE)]
+    assert sizes == [5] * (count // 5) + [count % 5] * (count % 5 > 0)
+    assert len(decoded) == len(set(decoded)) == 12
+
+
+def test_crowds_unlabelled_persons_and_those_of_refused_pictures_are_not_trained_on(tmp_path: Path) -> None:
+    data = made_shards(tmp_path, num_shards=1)
+    table = shards.read_part(data, data.parts[0])
+    rows = [row | {"size": row["bytes"] and len(row["bytes"])} for row in table.to_pylist()]
+    refused = rows[3] | {"bytes": None, "reason": "corrupt", "error": "cut off"}
+    crowd, unlabelled, blank = (rows[number]["persons"][0] for number in (4, 5, 6))
+    crowd["iscrowd"], unlabelled["keypoints"], blank["keypoints"] = True, None, [1.0, 1.0, 0.0] * 17
+    part = write_part(Path(data.uri), 9, [*rows[:3], refused, *rows[4:]])
+    found = [block["annotation_id"] for block in samples.turn_samples(
+        replace(data, parts=(part,)), samples.Turn(0, 0, 0, 0), RECIPE)]
+    theirs = {person["annotation_id"] for person in (*refused["persons"], crowd, unlabelled, blank)}
+    assert len(theirs) > 3
+    assert sum(map(len, found)) == part.counts["trainable"]
+    assert not theirs & set(np.concatenate(found).tolist())
+
+
+def test_the_digest_of_data_follows_their_rows_and_not_their_place(tmp_path: Path) -> None:
+    data = made_shards(tmp_path, num_shards=2)
+    dropped = [{"part": None, "key": "b.jpg", "why": "asked"}, {"part": "p", "key": "a.jpg", "why": "asked"}]
+
+    def digest(rows: list[dict[str, Any]], **changes: Any) -> str:
+        return samples.dataset_digest(replace(data, dropped=pa.Table.from_pylist(rows, DROPPED), **changes))
+
+    plain = digest([])
+    assert digest([], uri="s3://elsewhere", version=7, json={}) == plain
+    assert digest(dropped) == digest(dropped[::-1]) != plain
+    first, second = data.parts
+    others = [digest(dropped[:1]), digest([dropped[0] | {"part": "p"}]), digest([], parts=(first,)),
+              digest([], parts=(first, replace(second, sha256="0" * 64)))]
+    assert len({plain, digest(dropped), *others}) == 6
+
+
+def test_a_task_is_as_large_for_a_stream_that_goes_on_within_a_shard() -> None:
+    counts = [600, 600, 600]
+    turns = samples.rank_turns(counts, seed=0, rank=0, world=1, position=590)
+    groups = samples.group_turns(turns, counts, num_samples=1000)
+    assert [[turn.skip for turn in group] for group in groups] == [[590, 0], [0]]  # 10 + 600, 600
 
 
 def test_tiny_shards_share_a_task_until_it_is_worth_one() -> None:

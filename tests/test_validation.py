@@ -3,16 +3,20 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from jobs import annotate, evaluate, promote, shard, train_progress
 from jobs.train_task import Worker
+from pipeline import validation
 from pipeline.config import AnnotateConfig, EvaluateConfig, PromotionConfig, ShardConfig
+from pipeline.errors import DataError
 from pipeline.evaluation import COCO_NUMBERS, joint_metrics
 from pipeline.model.directory import load_model
 from pipeline.pose.skeleton import COCO17
@@ -26,6 +30,7 @@ from pipeline.validation import (
     rank_shares,
     validate_part,
 )
+from tests.test_training import made_shards, write_part
 from tests.worlds import NO_TRACKING, annotated_persons, write_pictures
 
 pytestmark = pytest.mark.usefixtures("without_ray")
@@ -151,6 +156,10 @@ def test_eight_workers_share_three_shards_equally_and_neighbours_share_a_shard()
     assert shares[1] == [PartShare(parts[0], Fraction(1, 3), Fraction(2, 3))]
     assert [[share.part.name[-1] for share in rank_shares(parts, rank=rank, world=2)] for rank in range(2)] == [
         ["0", "1"], ["1", "2"]]
+    # of each part 50 persons at most: as much work in the small one as in the large one
+    small = ShardPart("part-3", "", {"rows": 49, "persons": 50})
+    assert [rank_shares([parts[0], small], rank=rank, world=2, most_persons=50) for rank in range(2)] == [
+        [PartShare(parts[0])], [PartShare(small)]]
 
 
 # --- what is evaluated, and drawn --------------------------------------------------------------------------------
@@ -175,6 +184,44 @@ def test_a_picture_that_could_not_be_taken_is_not_drawn(data: ShardDataset) -> N
     pictures = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="plain"), keep_bytes=4)
     assert all((picture.data is None) == (picture.predicted.picture["width"] is None) for picture in pictures)
     assert preview_sheet(pictures, COCO17, low_score=0.7) is not None
+    able = [picture.truth.file_name for picture in pictures if picture.data is not None]
+    some = validate_part(data, PartShare(data.parts[0]), Predictor(TRAINED, backend="null"), keep_bytes=len(able))
+    assert [picture.truth.file_name for picture in some if picture.data is not None] == able
+
+
+def test_a_preview_has_each_kept_picture_as_predicted_and_as_annotated_without_crowds(
+        data: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(validation, "draw_persons", lambda _, joints_xy, *others, **more: drawn.append(joints_xy))
+    monkeypatch.setattr(validation, "contact_sheet", lambda pictures: len(pictures))
+    pictures = validate_part(data, PartShare(data.parts[1]), Predictor(TRAINED, backend="null"), keep_bytes=2)
+    kept = [picture for picture in pictures if picture.data is not None]
+    first, *_ = kept[0].truth.persons
+    crowd = replace(first, iscrowd=True, keypoints=(1.0, 1.0, 2) * 17)
+    half = replace(first, keypoints=(7.0, 8.0, 1) * 2 + (0, 0, 0) * 15)
+    kept[0] = replace(kept[0], truth=replace(kept[0].truth, persons=(crowd, half, replace(first, keypoints=None))))
+
+    assert preview_sheet(kept, COCO17, low_score=0.7) == len(drawn) == 4
+    assert preview_sheet([replace(picture, data=None) for picture in kept], COCO17, low_score=0.7) is None
+    assert drawn[0] is kept[0].predicted.joints_xy
+    assert drawn[2] is kept[1].predicted.joints_xy
+    assert drawn[1].shape == (1, 17, 2)
+    assert drawn[1][0, :2].tolist() == [[7, 8]] * 2
+    assert np.isnan(drawn[1][0, 2:]).all()
+
+
+def test_pictures_without_annotations_are_passed_over_and_where_there_are_no_others_nothing_is_measured(
+        tmp_path: Path) -> None:
+    made = made_shards(tmp_path, num_shards=1)
+    rows = [row | {"size": len(row["bytes"])} for row in read_part(made, made.parts[0]).to_pylist()]
+    bare = [rows[0] | {"persons": None}, rows[1] | {"image_id": None}]
+    some, none = (write_part(Path(made.uri), number, given) for number, given in ((7, [*bare, *rows[2:]]), (8, bare)))
+    predictor = Predictor(TRAINED, backend="null")
+    taken = validate_part(replace(made, parts=(some,)), PartShare(some), predictor)
+    assert [picture.truth.file_name for picture in taken] == [row["key"] for row in rows[2:]]
+    assert validate_part(replace(made, parts=(none,)), PartShare(none), predictor) == []
+    with pytest.raises(DataError, match="no annotated picture"):
+        evaluate_pictures([], COCO17)
 
 
 def test_each_joints_pck_has_a_name_of_its_own(data: ShardDataset) -> None:

@@ -63,7 +63,7 @@ def draw_gaussians(joints_xy: Tensor, visible: Tensor, input_size_wh: tuple[int,
     """
     size = torch.tensor([side // STRIDE for side in input_size_wh], device=joints_xy.device)
     places = joints_xy / STRIDE
-    cells = (places + 0.5 if shape.center == "nearest" else places).trunc().long()  # towards 0, as theirs do
+    cells = (places + 0.5 if shape.center == "nearest" else places).long()  # towards 0, as theirs do
     low, high = (-shape.radius - 1, shape.radius) if shape.unlabelled == "ignore" else (0, 0)
     drawn = (visible >= 1) & ((cells >= low) & (cells < size + high)).all(dim=-1)
     across, down = (_gaussian_profiles(cells[..., axis], int(size[axis]), shape) for axis in (0, 1))
