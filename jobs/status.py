@@ -7,6 +7,9 @@ from pipeline.config import StatusConfig, locations
 from pipeline.run_status import DAMAGED, STOPPED, RunStatus, run_status
 
 
+FIRST_COUNTS = ("rows", "pictures", "ok", "no_person", "rejected", "refused", "persons", "trainable")
+
+
 def run(config: StatusConfig) -> dict[str, Any]:
     """Tell people on stderr; gives the same as values."""
     config = locations(config, "output")
@@ -30,8 +33,9 @@ def _lines(status: RunStatus) -> list[str]:
 
 def _counts(status: RunStatus) -> list[str]:
     counts = {name: value for name, value in status.counts.items() if not isinstance(value, dict)}
+    order = [name for name in FIRST_COUNTS if name in counts] + [name for name in counts if name not in FIRST_COUNTS]
     about = " (estimated)" if status.estimated else ""
-    lines = [f"  committed{about}: " + ", ".join(f"{value} {name}" for name, value in counts.items())] if counts else []
+    lines = [f"  committed{about}: " + ", ".join(f"{counts[name]} {name}" for name in order)] if counts else []
     if reasons := status.counts.get("reasons"):
         common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
         lines.append("  reasons: " + ", ".join(f"{name} {count}" for name, count in common))

@@ -44,6 +44,7 @@ def test_a_finished_run_is_complete_and_gives_its_counts(output: Path, capsys: p
     assert found["counts"]["rejected"] == 1
     told = capsys.readouterr().err
     assert "3 of 3 units (100.0%) of 5 pictures" in told
+    assert "committed: 5 pictures, 4 ok, 0 no_person, 1 rejected, 4 persons" in told
     assert "not_a_picture 1" in told
 
 

@@ -389,7 +389,8 @@ def test_settings_that_are_wrong_are_a_wrong_command(
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///x", "s3://b\x01/x", "s3://a b/x", ""])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///x", "s3://b\x01/x", "s3://a b/x", "s3:/b/x",
+                                 "S3://b/x", ""])
 def test_an_address_of_another_kind_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):
         storage.normalise(uri)
