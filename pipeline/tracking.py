@@ -410,7 +410,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         kind = TrackingRefused if getattr(error, "error_code", None) in REFUSALS else TrackingError
         raise kind(
-            f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line)} "
+            f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line).rstrip('.')}. "
             "Start the server or correct tracking.uri (MLFLOW_TRACKING_URI), or go without: "
             "--set tracking.enabled=false.") from None
 

@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -359,6 +360,17 @@ def test_looking_up_a_model_while_tracking_is_off_is_refused(tmp_path):
 def test_a_misspelt_reference_is_refused_with_the_right_forms(reference, tracking):
     with pytest.raises(ConfigError, match="models:/name@alias"):
         registered_version(reference, tracking=tracking)
+
+
+@pytest.mark.parametrize("reference", ["models:/other@champion", "models:/mspn@nobody", "models:/mspn/77"])
+def test_a_model_that_mlflow_does_not_know_is_a_wrong_command(reference, tracking, registered):
+    with pytest.raises(ConfigError, match=re.escape(reference) + ".*doesn't know it"):
+        registered_version(reference, tracking=tracking)
+
+
+def test_a_run_that_mlflow_does_not_know_is_a_wrong_command(tracking, tmp_path):
+    with pytest.raises(ConfigError, match="runs:/0123/model.*doesn't know it"):
+        resolve_model("runs:/0123/model", tracking=tracking, into=tmp_path)
 
 
 def test_a_folder_without_a_model_is_not_registered(tracking, tmp_path):
