@@ -31,8 +31,8 @@ from jobs.start_ray import (
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
-from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
-from pipeline.config import AnnotateConfig, locations
+from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes, refuse_unservable
+from pipeline.config import AnnotateConfig, AnnotationConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.exclusion import Exclusion
 from pipeline.inventory import read_keys
@@ -55,6 +55,8 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         trained_by = model.run_id
+        if open_job(config.output) is None:
+            refuse_early(config)
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
             job = freeze(config, model)
@@ -106,7 +108,7 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     source = inputs.describe_input(config.input, exclude.keys, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
-    asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
+    asked = _asked_boxes(config)
     whole = choose is iter and config.limit is None
     with choose_boxes(asked, source, config.output, job, reused=reused, whole=whole) as boxes:
         intent = _intent(config, model.directory, boxes.choice, job or reused)
@@ -126,6 +128,16 @@ def freeze(config: AnnotateConfig, model: FoundModel,
         if sealed_counts(config.output, job) is None:
             boxes.freeze(job)  # a run that an earlier program began has its boxes in another form
     return job
+
+
+def refuse_early(config: AnnotationConfig) -> None:
+    """Refuse what would else come out only when Ray is up: an input or boxes that aren't there."""
+    inputs.refuse_nothing(config.input)
+    refuse_unservable(_asked_boxes(config), inputs.describe_input(config.input))
+
+
+def _asked_boxes(config: AnnotationConfig) -> AskedBoxes:
+    return AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
 
 
 def _tell_planned(config: AnnotateConfig, job: FrozenJob, exclude: Exclusion) -> None:

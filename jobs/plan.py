@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.annotate import freeze
+from jobs.annotate import freeze, refuse_early
 from jobs.annotate_pool import PoolSizes, UnitTask, annotate_units, pool_sizes
 from jobs.start_ray import num_cpus, num_gpus, num_nodes, refuse_unshared, start_ray
 from pipeline import storage
@@ -48,6 +48,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         scratch = storage.join(config.scratch or str(folder), f"_scratch-{uuid.uuid4().hex[:8]}")
         (folder / "model").mkdir()
         model = find_model(config.model, settings=config.tracking, into=folder / "model")
+        refuse_early(config)
         stack.enter_context(start_ray())
         refuse_unshared(inputs=[config.input], outputs=[scratch])
         stack.callback(_remove, scratch)

@@ -74,8 +74,8 @@ def run(config: PreviewConfig) -> dict[str, Any]:
 def _annotated_input(metadata: KeypointMetadata) -> dict[str, Any]:
     source: dict[str, Any] = metadata.json["input"]
     if source["kind"] == SHARDS and not newest_version(source["uri"]):
-        raise DataError(f"{source['uri']}: the shard dataset that was annotated isn't there any more. Give --images, the "
-                        "place where it, or its pictures, are now.")
+        raise DataError(f"{source['uri']}: the shard dataset that was annotated isn't there any more. Give --images, "
+                        "the place where it, or its pictures, are now.")
     return source
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from pipeline.config import StatusConfig, locations
 from pipeline.run_status import DAMAGED, STOPPED, RunStatus, run_status
 
-
 FIRST_COUNTS = ("rows", "pictures", "ok", "no_person", "rejected", "refused", "persons", "trainable")
 
 

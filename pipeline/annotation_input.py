@@ -61,8 +61,19 @@ def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | N
         found = True
         yield unit
     if not found:
-        raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address"
-                        f"{' and what --exclude leaves out' if exclude.keys else ''}.")
+        raise _nothing_there(source["uri"], exclude)
+
+
+def refuse_nothing(uri: str) -> None:
+    """Refuse (DataError) a place where nothing is at all, by one look: before a list or a prefix is read as a whole."""
+    there = storage.exists(uri) if is_list(uri) else any(True for _ in storage.list_objects(uri))
+    if not there:
+        raise _nothing_there(uri, Exclusion())
+
+
+def _nothing_there(uri: str, exclude: Exclusion) -> DataError:
+    return DataError(f"{uri}: nothing to annotate is there. Check the address"
+                     f"{' and what --exclude leaves out' if exclude.keys else ''}.")
 
 
 def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,

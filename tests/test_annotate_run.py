@@ -281,3 +281,14 @@ def test_what_a_backend_cannot_compile_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=f"compile={mode} is for backend .*, and this run's is {backend}"):
         annotate.run(config(world, str(tmp_path / "out"), backend=backend, compile=mode))
     assert not (tmp_path / "out" / "_job.json").exists()
+
+
+@pytest.mark.parametrize("settings", [{"input": "/nowhere", "boxes": "whole-image"}, {"input": "/nowhere/list.csv"},
+                                      {"boxes": "/nowhere.json"}, {"boxes": "detect"},
+                                      {"boxes": "detect", "detector": "/nowhere.onnx"}])
+def test_an_input_and_boxes_that_are_not_there_are_refused_before_ray_starts(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
+    monkeypatch.setattr(annotate, "start_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises((ConfigError, DataError), match=r"nowhere|needs --detector"):
+        annotate.run(config(world, str(tmp_path / "out"), **settings))
+    assert not (tmp_path / "out").exists()

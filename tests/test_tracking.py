@@ -369,7 +369,7 @@ def test_a_model_that_mlflow_does_not_know_is_a_wrong_command(reference, trackin
 
 
 def test_a_run_that_mlflow_does_not_know_is_a_wrong_command(tracking, tmp_path):
-    with pytest.raises(ConfigError, match="runs:/0123/model.*doesn't know it"):
+    with pytest.raises(ConfigError, match=r"runs:/0123/model.*doesn't know it"):
         resolve_model("runs:/0123/model", tracking=tracking, into=tmp_path)
 
 
