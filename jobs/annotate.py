@@ -42,6 +42,7 @@ from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwis
 from pipeline.rows import ROW_VERSION
 from pipeline.unit_annotator import FAILED, MODEL_FOLDER, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
+from pipeline.words import counted, ranked
 
 logger = logging.getLogger("jobs.annotate")
 FAILURES_IN_A_ROW = 20  # of the service, without a unit in between that went well: it is down, and asking on is no use
@@ -141,9 +142,9 @@ def _asked_boxes(config: AnnotationConfig) -> AskedBoxes:
 
 
 def _tell_planned(config: AnnotateConfig, job: FrozenJob, exclude: Exclusion) -> None:
-    logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+    logger.info("%s planned in %s", counted(job.plan["pictures"], "picture"), counted(job.num_units, "unit"))
     if exclude.keys:
-        logger.info("%d pictures are left out by --exclude %s", exclude.counts()["excluded"], config.exclude)
+        logger.info("%s left out by --exclude %s", counted(exclude.counts()["excluded"], "picture"), config.exclude)
     if doubt := exclude.doubt():
         logger.warning("--exclude %s: %s", config.exclude, doubt)
 
@@ -208,14 +209,14 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> dict[str,
     Refuses (OSError) to go on when units are left that none of its passes could do.
     """
     missing = missing_units(config.output, job)
-    logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
+    logger.info("%d of %s committed; annotating %d", job.num_units - len(missing), counted(job.num_units, "unit"),
                 len(missing))
     if not missing:
         return {}
     done = sorted(set(range(job.num_units)).difference(missing))
     missing = _in_an_order_of_our_own(config.output, missing)
     progress = Progress(len(missing), budget=_budget(config, job), output=config.output)
-    with (drivers.Heartbeat(config.output, progress.so_far),
+    with (drivers.Heartbeat(config.output, progress.so_far), progress.telling_of_silence(),
           progress.counting(keypoints.counts_of_parts(config.output, map(job.part_name, done)))):
         missing = _pass_after_pass(config, job, missing, progress)
     if missing:
@@ -257,7 +258,7 @@ def _pass_after_pass(config: AnnotateConfig, job: FrozenJob, units: list[int], p
         pause_s = next(pauses, None)
         if not passing or pause_s is None:
             return missing
-        logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
+        logger.warning("%s could not be done: %s; once more in %.0f s", counted(len(passing), "unit"),
                        progress.failed[passing[0]].failure, pause_s)
         time.sleep(pause_s)
         # those last that may fail again; those never that will
@@ -271,8 +272,8 @@ def _pass(config: AnnotateConfig, job: FrozenJob, units: list[int], progress: Pr
     if not _take_receipts(_receipts(config, job, units), progress):
         return
     if crashed := _unanswered(config, job, units, progress):
-        logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
-                       "their own", len(crashed))
+        logger.warning("%s ended the process each time; once more, with the pictures decoded in processes of their own",
+                       counted(len(crashed), "unit"))
         if _take_receipts(_receipts(config, job, crashed, careful=True), progress):
             for unit in _unanswered(config, job, crashed, progress):
                 progress.add(Receipt(unit, FAILED, failure=f"unit {unit} ended its process each time, also with its "
@@ -330,8 +331,8 @@ def _refuse_lost_parts(output: str, job: FrozenJob) -> None:
 
 
 def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: int) -> dict[str, Any]:
-    logger.info("%s: %d planned = %d ok + %d without people + %d rejected %s; %d persons", output,
-                job.plan["pictures"], counts["ok"], counts["no_person"], counts["rejected"],
-                counts["reasons"] or "", counts["persons"])
+    reasons = f" ({ranked(counts['reasons'])})" if counts["reasons"] else ""
+    logger.info("%s: %d planned = %d ok + %d without people + %d rejected%s; %s", output, job.plan["pictures"],
+                counts["ok"], counts["no_person"], counts["rejected"], reasons, counted(counts["persons"], "person"))
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
             "units_annotated": committed, "counts": counts, "given": job.about.get("given", {})}

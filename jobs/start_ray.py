@@ -28,6 +28,8 @@ THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 # processes that wakes up then takes a core from a thread of a network, for which the others wait: a training did 47
 # samples/s, and 57 at everybody's priority (RESULTS.md)
 WORKER_NICENESS = {"RAY_worker_niceness": "0"}
+# What Ray warns of at each start and nobody can mend: that a local Ray asks for a token, that its own bars are off
+NOT_WORTH_A_LINE = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
 
 
 @contextlib.contextmanager
@@ -47,6 +49,8 @@ def start_ray() -> Iterator[None]:
         os.environ.setdefault(name, value)
     # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    for name in NOT_WORTH_A_LINE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _connect()
     except Exception as error:  # of a node that is slow to start, Ray says just that
@@ -70,7 +74,8 @@ def _connect() -> None:
     # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
     ray.init(address="local", num_cpus=max(4, usable_cores()), log_to_driver=True,
              logging_level=logging.WARNING)
-    logger.info("started a local Ray: %s", _resources())
+    gpus = f", {have:g} GPUs" if (have := ray.cluster_resources().get("GPU")) else ""
+    logger.info("started a local Ray on %d cores%s", usable_cores(), gpus)
 
 
 def _resources() -> str:

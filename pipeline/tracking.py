@@ -285,7 +285,7 @@ def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, 
             raise
         run = Run(location=str(tracking.uri), run_id=run_id, connect=lambda: open_client(tracking))
         run._rest(error, took_s=0.0)
-    logger.info("tracked as run %s", run.url or run.run_id)
+    logger.info("tracked as run %s", run.url or f"{run.run_id} at {without_credentials(str(tracking.uri))}")
     with _terminated(run, owned=owned), _system_metrics(run, enabled=system_metrics):
         yield run
 
