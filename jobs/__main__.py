@@ -118,6 +118,8 @@ def main(arguments: Sequence[str]) -> int:
             if options.result:
                 storage.normalise(options.result)  # refused now, and not after hours of work
             _log_to_stderr()
+            # each broken picture's row says why; OpenCV's own lines would drown everything else
+            os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
             result = importlib.import_module(f"jobs.{job.module}").run(config)
         except ConfigError as error:
             return _failed(2, error)

@@ -4,13 +4,14 @@ One unit becomes one object, put if absent: that it exists is the commit. So the
 missing, whatever ended the run before.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,20 +285,21 @@ def _unanswered(config: AnnotateConfig, job: FrozenJob, units: list[int], progre
     return sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
 
 
-def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
+def _take_receipts(receipts: Generator[Receipt], progress: Progress) -> bool:
     """Count them all; False if the service failed so often in a row that the rest was left."""
     in_a_row = 0
-    for receipt in receipts:
-        progress.add(receipt)
-        # a damaged shard says nothing of the service
-        in_a_row = 0 if receipt.outcome != FAILED else in_a_row + receipt.passing
-        if in_a_row == FAILURES_IN_A_ROW:
-            return False
+    with contextlib.closing(receipts):  # while Ray is up; Ray Data's own end of it prints a traceback later
+        for receipt in receipts:
+            progress.add(receipt)
+            # a damaged shard says nothing of the service
+            in_a_row = 0 if receipt.outcome != FAILED else in_a_row + receipt.passing
+            if in_a_row == FAILURES_IN_A_ROW:
+                return False
     return True
 
 
 def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
-              careful: bool = False) -> Iterator[Receipt]:
+              careful: bool = False) -> Generator[Receipt]:
     earlier: dict[int, list[str]] = {}
     if config.reuse:
         earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse), config.output, job, sorted(units)))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -200,12 +200,13 @@ def _annotate(scratch: str, job: FrozenJob, tasks: list[UnitTask], *, pool: Pool
     return receipts
 
 
-def _receipts(receipts: Iterable[Receipt]) -> dict[int, Receipt]:
+def _receipts(receipts: Generator[Receipt]) -> dict[int, Receipt]:
     found = {}
-    for receipt in receipts:
-        if receipt.outcome == FAILED:
-            raise OSError(f"the sample can't be annotated: {receipt.failure}")
-        found[receipt.unit] = receipt
+    with contextlib.closing(receipts):  # while Ray is up
+        for receipt in receipts:
+            if receipt.outcome == FAILED:
+                raise OSError(f"the sample can't be annotated: {receipt.failure}")
+            found[receipt.unit] = receipt
     return found
 
 

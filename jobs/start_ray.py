@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
@@ -47,8 +48,10 @@ def start_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     for name, value in (THREAD_WAITS | WORKER_NICENESS).items():
         os.environ.setdefault(name, value)
-    # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
+    # as `python -m jobs` has it: OpenCV's own lines, from every worker, would drown everything else
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    if not sys.stderr.isatty():  # Ray colours workers' lines in files too
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     for name in NOT_WORTH_A_LINE:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
