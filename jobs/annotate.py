@@ -38,6 +38,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.exclusion import Exclusion
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
+from pipeline.outputs import KEYPOINTS, TRAINING, kind_at, kind_of, refuse_other_kind
 from pipeline.patience import PAUSES_S
 from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwise
 from pipeline.rows import ROW_VERSION
@@ -54,10 +55,13 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     config = locations(config, "input", "output", "reuse", "exclude", "detector")
     for other in filter(None, (config.input, config.reuse)):
         storage.refuse_overlap(other, config.output)
+    begun = open_job(config.output)
+    if begun is None or kind_of(begun) != KEYPOINTS:
+        refuse_other_kind(config.output, KEYPOINTS)
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         trained_by = model.run_id
-        if open_job(config.output) is None:
+        if begun is None:
             refuse_early(config)
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
@@ -135,6 +139,8 @@ def freeze(config: AnnotateConfig, model: FoundModel,
 def refuse_early(config: AnnotationConfig) -> None:
     """Refuse what would else come out only when Ray is up: an input or boxes that aren't there."""
     inputs.refuse_nothing(config.input)
+    if kind_at(config.input) in (KEYPOINTS, TRAINING):
+        raise ConfigError(f"--input {config.input} holds {kind_at(config.input)}, and no pictures.")
     refuse_unservable(_asked_boxes(config), inputs.describe_input(config.input))
 
 

@@ -40,9 +40,11 @@ class RejectionBudget:
                   "max_rejected": self.planned if self.most is None else self.most}
         name, limit = min(limits.items(), key=lambda item: item[1])
         if rejected > limit:
+            more = 1 if name == "max_rejected_share" else rejected
             raise DataError(f"{rejected} pictures were rejected, more than the {int(limit)} of {self.planned} that "
-                            f"{name} allows; commonest: {ranked(reasons, 3)}. What is committed stays; mend the input, "
-                            f"or allow more by --set {name}={1 if name == 'max_rejected_share' else rejected}.")
+                            f"{name} allows; commonest: {ranked(reasons, 3)}. What is committed stays, and each row "
+                            "says why (`preview` shows some). Mend the input, or allow more by "
+                            f"--set {name}={more}.")
         if self.share < 1 and counts.get("reasons", {}).get(NOT_A_PICTURE, 0) == self.planned:
             raise DataError(f"none of the {self.planned} objects is a picture. Check --input; what is committed stays.")
 

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.hash_buckets import HASH, HashBuckets
 from pipeline.images import PictureLimits
 from pipeline.inventory import read_keys
+from pipeline.outputs import SHARDS, refuse_other_kind
 from pipeline.rows import ROW_VERSION
 from pipeline.shard_listing import Listing, locator
 from pipeline.shard_plan import Bounds
@@ -64,6 +65,8 @@ def run(config: ShardConfig) -> dict[str, Any]:
     _refuse_wrong_command(config)
     annotations = _read_annotations(config.annotations)
     base = _newest(config.output)
+    if not base.version:
+        refuse_other_kind(config.output, SHARDS)
     job = _unfinished_job(config, annotations, base)
     written = 0 if job is None else _finish(config, job, annotations, base)
     if job is None or config.drop is not None:

@@ -17,7 +17,7 @@ from pipeline.boxes import BoxSource
 from pipeline.errors import DataError
 from pipeline.exclusion import Exclusion
 from pipeline.images import PictureRefused
-from pipeline.inventory import LIST_SCHEMA, is_list, read_list
+from pipeline.inventory import LIST_SCHEMA, NEITHER_LIST_NOR_PREFIX, is_list, read_list
 from pipeline.rows import REJECTED, SHARD_SCHEMA, AnnotatedPicture
 from pipeline.shard_plan import listed_tables, refuse_repeated
 
@@ -72,6 +72,8 @@ def refuse_nothing(uri: str) -> None:
 
 
 def _nothing_there(uri: str, exclude: Exclusion) -> DataError:
+    if not is_list(uri) and storage.exists(uri):
+        return DataError(f"{uri}: {NEITHER_LIST_NOR_PREFIX}")
     return DataError(f"{uri}: nothing to annotate is there. Check the address"
                      f"{' and what --exclude leaves out' if exclude.keys else ''}.")
 

@@ -292,3 +292,21 @@ def test_an_input_and_boxes_that_are_not_there_are_refused_before_ray_starts(
     with pytest.raises((ConfigError, DataError), match=r"nowhere|needs --detector"):
         annotate.run(config(world, str(tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_another_kind_of_run_is_refused(world: Path, first_run: dict[str, Any],
+                                                             tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a shard dataset"):
+        annotate.run(config(world, str(world / "shards"), input=str(world / "in" / "images"), boxes="whole-image"))
+    with pytest.raises(ConfigError, match="holds a keypoint dataset"):
+        sharded(world / "in", str(world / "out"))
+    with pytest.raises(ConfigError, match="holds a keypoint dataset, and no pictures"):
+        annotate.run(config(world, str(tmp_path / "out"), input=str(world / "out"), boxes="whole-image"))
+
+
+def test_one_picture_is_no_input(world: Path, tmp_path: Path) -> None:
+    picture = min((world / "in" / "images").iterdir())
+    with pytest.raises(DataError, match=r"this is one object\. Give the folder"):
+        annotate.run(config(world, str(tmp_path / "out"), input=str(picture), boxes="whole-image"))
+    with pytest.raises(DataError, match=r"this is one object\. Give the folder"):
+        shard.run(ShardConfig(images=str(picture), output=str(tmp_path / "out"), tracking=NO_TRACKING))
