@@ -57,8 +57,9 @@ def start_ray() -> Iterator[None]:
     try:
         _connect()
     except Exception as error:  # of a node that is slow to start, Ray says just that
-        raise OSError(f"Ray could not be started or reached: {error}. Check RAY_ADDRESS; on a busy machine, "
-                      "try again.") from error
+        said = str(error).rstrip(".")
+        raise OSError(f"Ray could not be started or reached: {said}. Check RAY_ADDRESS; on a busy machine, try "
+                      "again.") from error
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # the only way to bound an actor's restarts
     try:
         yield

@@ -175,6 +175,18 @@ def test_a_result_that_cannot_be_written_is_still_on_stdout(tmp_path: Path) -> N
     assert "/proc/nothing" in answer.stderr
 
 
+def test_a_command_that_is_interrupted_says_that_it_can_go_on() -> None:
+    code = ("import sys, jobs.status\n"
+            "def run(config): raise KeyboardInterrupt\n"
+            "jobs.status.run = run\n"
+            "from jobs.__main__ import main\n"
+            "sys.exit(main(['status', '--output', 'o']))")
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            cwd=Path(__file__).parents[1])
+    assert (answer.returncode, answer.stdout) == (130, "")
+    assert answer.stderr.startswith("failed: interrupted; what is committed stays")
+
+
 def test_settings_cannot_be_changed_once_read() -> None:
     config = load_config(AnnotateConfig, flags={"input": "i", "model": "m", "output": "o"})
     with pytest.raises(ValueError, match="frozen"):
