@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before the command has been found right. People read stderr, where workers' prints go too;
 stdout gets one line at the end, a JSON object with what the job did. Exit code 0: done; 2: the command or its
-configuration is wrong, and nothing was started; 1: it ran and failed.
+configuration is wrong, and nothing was started; 1: it ran and failed; 130: Ctrl-C ended it.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     """Write the page and the sheet; gives their places and how many pictures are on them."""
     config = locations(config, "keypoints", "output", "images")
     page_uri, sheet_uri = storage.join(config.output, PAGE), storage.join(config.output, SHEET)
-    _refuse_existing(page_uri, sheet_uri)
+    _refuse_existing(page_uri)
     parts = open_keypoints(config.keypoints)
     survey, counts = _survey(parts, config)
     chosen, rejected = deal(survey.strata(), config.pictures), survey.rejected()
@@ -79,14 +79,14 @@ def _annotated_input(metadata: KeypointMetadata) -> dict[str, Any]:
     return source
 
 
-def _refuse_existing(*uris: str) -> None:
-    for uri in uris:
-        if storage.exists(uri):
-            raise ConfigError(f"{uri} is there already, and nothing is ever replaced. Choose another --output.")
+def _refuse_existing(uri: str) -> None:
+    if storage.exists(uri):
+        raise ConfigError(f"{uri} is there already, and nothing is ever replaced. Choose another --output.")
 
 
 def _put(uri: str, data: bytes) -> None:
-    if not storage.put_if_absent(uri, data):
+    """Put it; the same bytes may be there of a run that was ended before it put the page."""
+    if not storage.put_if_absent(uri, data) and storage.read_object(uri) != data:
         _refuse_existing(uri)
 
 
