@@ -41,9 +41,9 @@ class RejectionBudget:
         name, limit = min(limits.items(), key=lambda item: item[1])
         if rejected > limit:
             more = 1 if name == "max_rejected_share" else rejected
-            raise DataError(f"{rejected} pictures were rejected, more than the {int(limit)} of {self.planned} that "
-                            f"{name} allows; commonest: {ranked(reasons, 3)}. What is committed stays, and each row "
-                            "says why (`preview` shows some). Mend the input, or allow more by "
+            raise DataError(f"{counted(rejected, 'picture')} rejected, more than the {int(limit)} of {self.planned} "
+                            f"that {name} allows; commonest: {ranked(reasons, 3)}. What is committed stays, and each "
+                            "row says why (`preview` shows some). Mend the input, or allow more by "
                             f"--set {name}={more}.")
         if self.share < 1 and counts.get("reasons", {}).get(NOT_A_PICTURE, 0) == self.planned:
             raise DataError(f"none of the {self.planned} objects is a picture. Check --input; what is committed stays.")

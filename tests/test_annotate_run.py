@@ -176,7 +176,7 @@ def test_too_many_rejected_pictures_stop_the_run_before_success(
     images = write_pictures(tmp_path / "in") / "images"
     for path in sorted(images.iterdir())[:3]:
         cut_short(path)
-    told = rf"3 pictures were rejected, more than the 2 of 12 that {list(limit)[-1]} .*truncated 3"
+    told = rf"3 pictures rejected, more than the 2 of 12 that {list(limit)[-1]} .*truncated 3"
     with pytest.raises(DataError, match=told):
         annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image", **limit))
     assert not (tmp_path / "out" / "_SUCCESS").exists()
@@ -194,7 +194,7 @@ def test_what_runs_before_have_rejected_stops_the_run_that_goes_on(
     for part in sorted((tmp_path / "out" / "keypoints").iterdir())[3:]:
         part.unlink()
     monkeypatch.setattr(annotate, "annotate_units", after_counting(annotate.annotate_units))
-    with pytest.raises(DataError, match="3 pictures were rejected"):  # each of them by the run before
+    with pytest.raises(DataError, match="3 pictures rejected"):  # each of them by the run before
         annotate.run(asked)
     assert len(list((tmp_path / "out" / "keypoints").iterdir())) == 4
 

@@ -7,6 +7,7 @@ import pytest
 
 from jobs import progress
 from jobs.progress import Progress, RejectionBudget
+from pipeline.errors import DataError
 from pipeline.unit_annotator import COMMITTED, Receipt
 
 
@@ -24,6 +25,12 @@ def test_the_last_line_says_how_long_it_took(caplog: pytest.LogCaptureFixture) -
     line, = caplog.messages
     assert line.startswith("1 of 1 unit, 1 picture, ")
     assert line.endswith("0 rejected, done in 0:00:00")
+
+
+def test_too_many_rejected_are_told_with_their_reasons_and_the_setting_that_allows_them() -> None:
+    with pytest.raises(DataError, match=r"^1 picture rejected, more than the 0 of 10 that max_rejected_share allows; "
+                                        r"commonest: missing 1\..*--set max_rejected_share=1\.$"):
+        RejectionBudget(10, 0.05).check({"reasons": {"missing": 1}})
 
 
 def test_on_the_way_it_says_what_is_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
