@@ -2,11 +2,12 @@
 
 Nothing heavy is imported before the command has been found right. People read stderr, where workers' prints go too;
 stdout gets one line at the end, a JSON object with what the job did. Exit code 0: done; 2: the command or its
-configuration is wrong, and nothing was started; 1: it ran and failed.
+configuration is wrong, and nothing was started; 1: it ran and failed; 130: Ctrl-C ended it.
 """
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import json
 import logging
@@ -16,8 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from pydantic.fields import FieldInfo
+
 from pipeline import config as settings
+from pipeline import storage
 from pipeline.errors import ConfigError, DataError, printable
+
+INTERRUPTED = 130  # as a shell has it of a command that Ctrl-C ended
 
 
 @dataclass(frozen=True)
@@ -105,11 +111,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run one job; its exit code. See the module's text for what goes where."""
     with _stdout_for_the_result() as stdout:
         try:
-            options = _parser().parse_args(arguments)
+            options = read_command(arguments)
             job = JOBS[options.job]
             flags = {_setting(flag): getattr(options, _setting(flag)) for flag in job.flags}
             config = settings.load_config(job.settings, files=options.config, assignments=options.set, flags=flags)
+            if options.result:
+                storage.normalise(options.result)  # refused now, and not after hours of work
             _log_to_stderr()
+            # each broken picture's row says why; OpenCV's own lines would drown everything else
+            os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
             result = importlib.import_module(f"jobs.{job.module}").run(config)
         except ConfigError as error:
             return _failed(2, error)
@@ -117,8 +127,27 @@ def main(arguments: Sequence[str]) -> int:
             return _failed(1, error)
         except OSError as error:  # the store, the network, the disk: the message names the object
             return _failed(1, error)
-        _report({"job": options.job} | result, stdout, options.result)
-        return 0
+        except KeyboardInterrupt:
+            return _failed(INTERRUPTED, "interrupted; what is committed stays, and the same command goes on from there")
+        return _report({"job": options.job} | result, stdout, options.result)
+
+
+def read_command(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command's parts; what no job knows is refused (ConfigError) with what may have been meant."""
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        raise ConfigError(f"{options.job} doesn't know {unknown[0]!r}; {_meant(options.job, unknown[0])}")
+    return options
+
+
+def _meant(job: str, unknown: str) -> str:
+    flag = unknown.lstrip("-").partition("=")[0]
+    known = {name: f"--set {name}=VALUE" for name, _ in _settings_of(JOBS[job].settings)}
+    known |= {_setting(name): f"--{name}" for name in (*JOBS[job].flags, "config", "set", "result")}
+    if not unknown.startswith("-"):
+        return "it belongs to no flag. What has spaces or a pattern in it needs quotes."
+    nearest = difflib.get_close_matches(_setting(flag), known, n=1)
+    return f"did you mean {known[nearest[0]]}?" if nearest else f"python -m jobs {job} --help lists what it knows."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,8 +159,11 @@ def _parser() -> argparse.ArgumentParser:
         one = jobs.add_parser(name, help=job.summary, description=f"{name}: {job.summary}.",
                               formatter_class=argparse.RawDescriptionHelpFormatter,
                               epilog="settings (--set name=value, or in --config):\n" + _defaults(job.settings))
+        fields = dict(_settings_of(job.settings))
         for flag, text in job.flags.items():
-            one.add_argument(f"--{flag}", help=text, metavar=flag.upper().replace("-", "_"),
+            about = fields.get(_setting(flag))  # `data` of train is a group
+            one.add_argument(f"--{flag}", help=f"{text} (needed)" if about is None or about.is_required() else text,
+                             metavar="N" if about and settings.is_number(about.annotation) else flag.upper(),
                              action="append" if flag in job.repeatable else "store")
         one.add_argument("--config", action="append", default=[], metavar="FILE.yaml",
                          help="settings from a file; repeatable, a later one changes what it names")
@@ -140,16 +172,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _defaults(kind: type[settings.Settings], prefix: str = "") -> str:
+def _defaults(kind: type[settings.Settings]) -> str:
     lines = []
-    for name, about in kind.model_fields.items():
-        if groups := settings.groups_of(about.annotation):
-            lines += [_defaults(group, f"{prefix}{name}.") for group in groups]
-        else:
-            default = "(needed)" if about.is_required() else f"= {json.dumps(about.default)}"
-            text = f"  {prefix}{about.alias or name} {default}"
-            lines.append(f"{text}  ({about.description})" if about.description else text)
+    for name, about in _settings_of(kind):
+        default = "(needed)" if about.is_required() else f"= {json.dumps(about.default)}"
+        told = "; ".join(filter(None, [settings.choices_of(about.annotation), about.description]))
+        lines.append(f"  {name} {default}" + (f"  ({told})" if told else ""))
     return "\n".join(lines)
+
+
+def _settings_of(kind: type[settings.Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Each setting's full name, and what is known of it; groups are opened."""
+    for name, about in kind.model_fields.items():
+        groups = settings.groups_of(about.annotation)
+        for group in groups:
+            yield from _settings_of(group, f"{prefix}{name}.")
+        if not groups:
+            yield prefix + (about.alias or name), about
 
 
 def _setting(flag: str) -> str:
@@ -184,18 +223,22 @@ class _Printable(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _failed(code: int, error: Exception) -> int:
+def _failed(code: int, error: Exception | str) -> int:
     print(printable(f"{'error' if code == 2 else 'failed'}: {error}"), file=sys.stderr)
     return code
 
 
-def _report(result: dict[str, Any], stdout: TextIO, uri: str | None) -> None:
-    from pipeline.storage import put_if_absent
-
+def _report(result: dict[str, Any], stdout: TextIO, uri: str | None) -> int:
+    """The result on stdout and at `uri`; the exit code."""
     line = json.dumps(result)
-    if uri and not put_if_absent(uri, line.encode()):
-        print(f"warning: --result {uri}: there is an object of that name, which is never replaced.", file=sys.stderr)
     print(line, file=stdout)
+    try:
+        if uri and not storage.put_if_absent(uri, line.encode()):
+            print(f"warning: --result {uri}: there is an object of that name, which is never replaced.",
+                  file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        return _failed(1, f"{result['job']} is done, but --result can't be written: {error}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ One unit becomes one object, put if absent: that it exists is the commit. So the
 missing, whatever ended the run before.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,19 @@ from jobs.start_ray import (
 from pipeline import annotation_input as inputs
 from pipeline import drivers, keypoints, storage
 from pipeline.annotation_seal import SUCCESS, count_parts, seal, sealed_counts
-from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes
-from pipeline.config import AnnotateConfig, locations
+from pipeline.boxes import AskedBoxes, BoxChoice, choose_boxes, refuse_unservable
+from pipeline.config import AnnotateConfig, AnnotationConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.exclusion import Exclusion
 from pipeline.inventory import read_keys
 from pipeline.model_reference import FoundModel, find_model, put_model
+from pipeline.outputs import KEYPOINTS, TRAINING, kind_at, kind_of, refuse_other_kind
 from pipeline.patience import PAUSES_S
 from pipeline.reuse import earlier_parts, open_earlier, refuse_computed_otherwise
 from pipeline.rows import ROW_VERSION
 from pipeline.unit_annotator import FAILED, Receipt
 from pipeline.units import FrozenJob, committed_units, freeze_job, open_job, refuse_if_begun_again, refuse_other_intent
+from pipeline.words import counted, ranked
 
 logger = logging.getLogger("jobs.annotate")
 FAILURES_IN_A_ROW = 20  # of the service, without a unit in between that went well: it is down, and asking on is no use
@@ -52,9 +55,14 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     config = locations(config, "input", "output", "reuse", "exclude", "detector")
     for other in filter(None, (config.input, config.reuse)):
         storage.refuse_overlap(other, config.output)
+    begun = open_job(config.output)
+    if begun is None or kind_of(begun) != KEYPOINTS:
+        refuse_other_kind(config.output, KEYPOINTS)
     with tempfile.TemporaryDirectory() as folder:
         model = find_model(config.model, settings=config.tracking, into=Path(folder))
         trained_by = model.run_id
+        if begun is None:
+            refuse_early(config)
         with start_ray():
             refuse_unshared(inputs=[config.input], outputs=[config.output])
             job = freeze(config, model)
@@ -106,7 +114,7 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     source = inputs.describe_input(config.input, exclude.keys, frozen=None if job is None else job.input)
     if job is None:
         storage.prove_put_if_absent(config.output)
-    asked = AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
+    asked = _asked_boxes(config)
     whole = choose is iter and config.limit is None
     with choose_boxes(asked, source, config.output, job, reused=reused, whole=whole) as boxes:
         intent = _intent(config, model.directory, boxes.choice, job or reused)
@@ -128,10 +136,22 @@ def freeze(config: AnnotateConfig, model: FoundModel,
     return job
 
 
+def refuse_early(config: AnnotationConfig) -> None:
+    """Refuse what would else come out only when Ray is up: an input or boxes that aren't there."""
+    inputs.refuse_nothing(config.input)
+    if kind_at(config.input) in (KEYPOINTS, TRAINING):
+        raise ConfigError(f"--input {config.input} holds {kind_at(config.input)}, and no pictures.")
+    refuse_unservable(_asked_boxes(config), inputs.describe_input(config.input))
+
+
+def _asked_boxes(config: AnnotationConfig) -> AskedBoxes:
+    return AskedBoxes(**{name.name: getattr(config, name.name) for name in dataclasses.fields(AskedBoxes)})
+
+
 def _tell_planned(config: AnnotateConfig, job: FrozenJob, exclude: Exclusion) -> None:
-    logger.info("%d pictures planned in %d units", job.plan["pictures"], job.num_units)
+    logger.info("%s planned in %s", counted(job.plan["pictures"], "picture"), counted(job.num_units, "unit"))
     if exclude.keys:
-        logger.info("%d pictures are left out by --exclude %s", exclude.counts()["excluded"], config.exclude)
+        logger.info("%s left out by --exclude %s", counted(exclude.counts()["excluded"], "picture"), config.exclude)
     if doubt := exclude.doubt():
         logger.warning("--exclude %s: %s", config.exclude, doubt)
 
@@ -196,14 +216,14 @@ def _annotate_missing_units(config: AnnotateConfig, job: FrozenJob) -> dict[str,
     Refuses (OSError) to go on when units are left that none of its passes could do.
     """
     missing = missing_units(config.output, job)
-    logger.info("%d of %d units are committed; annotating %d", job.num_units - len(missing), job.num_units,
+    logger.info("%d of %s committed; annotating %d", job.num_units - len(missing), counted(job.num_units, "unit"),
                 len(missing))
     if not missing:
         return {}
     done = sorted(set(range(job.num_units)).difference(missing))
     missing = _in_an_order_of_our_own(config.output, missing)
     progress = Progress(len(missing), budget=_budget(config, job), output=config.output)
-    with (drivers.Heartbeat(config.output, progress.so_far),
+    with (drivers.Heartbeat(config.output, progress.so_far), progress.telling_of_silence(),
           progress.counting(keypoints.counts_of_parts(config.output, map(job.part_name, done)))):
         missing = _pass_after_pass(config, job, missing, progress)
     if missing:
@@ -245,7 +265,7 @@ def _pass_after_pass(config: AnnotateConfig, job: FrozenJob, units: list[int], p
         pause_s = next(pauses, None)
         if not passing or pause_s is None:
             return missing
-        logger.warning("%d units could not be done: %s; once more in %.0f s", len(passing),
+        logger.warning("%s could not be done: %s; once more in %.0f s", counted(len(passing), "unit"),
                        progress.failed[passing[0]].failure, pause_s)
         time.sleep(pause_s)
         # those last that may fail again; those never that will
@@ -259,8 +279,8 @@ def _pass(config: AnnotateConfig, job: FrozenJob, units: list[int], progress: Pr
     if not _take_receipts(_receipts(config, job, units), progress):
         return
     if crashed := _unanswered(config, job, units, progress):
-        logger.warning("%d units ended their process each time; once more, with the pictures decoded in processes of "
-                       "their own", len(crashed))
+        logger.warning("%s ended the process each time; once more, with the pictures decoded in processes of their own",
+                       counted(len(crashed), "unit"))
         if _take_receipts(_receipts(config, job, crashed, careful=True), progress):
             for unit in _unanswered(config, job, crashed, progress):
                 progress.add(Receipt(unit, FAILED, failure=f"unit {unit} ended its process each time, also with its "
@@ -271,20 +291,21 @@ def _unanswered(config: AnnotateConfig, job: FrozenJob, units: list[int], progre
     return sorted(set(missing_units(config.output, job)).intersection(units) - progress.failed.keys())
 
 
-def _take_receipts(receipts: Iterable[Receipt], progress: Progress) -> bool:
+def _take_receipts(receipts: Generator[Receipt], progress: Progress) -> bool:
     """Count them all; False if the service failed so often in a row that the rest was left."""
     in_a_row = 0
-    for receipt in receipts:
-        progress.add(receipt)
-        # a damaged shard says nothing of the service
-        in_a_row = 0 if receipt.outcome != FAILED else in_a_row + receipt.passing
-        if in_a_row == FAILURES_IN_A_ROW:
-            return False
+    with contextlib.closing(receipts):  # while Ray is up; Ray Data's own end of it prints a traceback later
+        for receipt in receipts:
+            progress.add(receipt)
+            # a damaged shard says nothing of the service
+            in_a_row = 0 if receipt.outcome != FAILED else in_a_row + receipt.passing
+            if in_a_row == FAILURES_IN_A_ROW:
+                return False
     return True
 
 
 def _receipts(config: AnnotateConfig, job: FrozenJob, units: list[int], *,
-              careful: bool = False) -> Iterator[Receipt]:
+              careful: bool = False) -> Generator[Receipt]:
     earlier: dict[int, list[str]] = {}
     if config.reuse:
         earlier = dict(earlier_parts(config.reuse, open_earlier(config.reuse), config.output, job, sorted(units)))
@@ -318,8 +339,8 @@ def _refuse_lost_parts(output: str, job: FrozenJob) -> None:
 
 
 def _result(output: str, job: FrozenJob, counts: dict[str, Any], *, committed: int) -> dict[str, Any]:
-    logger.info("%s: %d planned = %d ok + %d without people + %d rejected %s; %d persons", output,
-                job.plan["pictures"], counts["ok"], counts["no_person"], counts["rejected"],
-                counts["reasons"] or "", counts["persons"])
+    reasons = f" ({ranked(counts['reasons'])})" if counts["reasons"] else ""
+    logger.info("%s: %d planned = %d ok + %d without people + %d rejected%s; %s", output, job.plan["pictures"],
+                counts["ok"], counts["no_person"], counts["rejected"], reasons, counted(counts["persons"], "person"))
     return {"job": "annotate", "output": output, "digest": job.digest, "units": job.num_units,
             "units_annotated": committed, "counts": counts, "given": job.about.get("given", {})}

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -57,7 +57,7 @@ class PoolSizes:
 
 
 def annotate_units(output: str, job: FrozenJob, tasks: Iterable[UnitTask], *, pool: PoolSizes, reuse: str | None,
-                   careful: bool = False) -> Iterator[Receipt]:
+                   careful: bool = False) -> Generator[Receipt]:
     """Annotate the units in an actor pool; their receipts, as they come. `careful`: decode all in processes apart.
 
     Where others decode, they have a pool of their own, before the annotators'; with care only those that detect have.

@@ -47,6 +47,8 @@ def _read_annotations(uri: str) -> tuple[dict[str, Any], str]:
         raise DataError(f"{uri} is not JSON: {error}.") from None
     if not isinstance(truth, dict):
         raise DataError(f"{uri}: expected a COCO keypoint file (an object), found {type(truth).__name__}.")
+    if missing := [name for name in ("images", "annotations", "categories") if name not in truth]:
+        raise DataError(f"{uri}: not a COCO keypoint file: it has no {', '.join(missing)}.")
     return truth, hashlib.sha256(data).hexdigest()
 
 

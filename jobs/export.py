@@ -6,7 +6,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import ExportConfig, locations
 from pipeline.errors import ConfigError
-from pipeline.export import ExportOptions, export_keypoints, refuse_unused
+from pipeline.export import ExportOptions, export_keypoints, refuse_other_ending, refuse_unused
 from pipeline.keypoints import read_keypoints
 
 logger = logging.getLogger("jobs.export")
@@ -19,6 +19,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     An existing file is refused.
     """
     refuse_unused(config.to, config.model_fields_set - {"keypoints", "to", "output"})
+    refuse_other_ending(config.to, config.output)
     config = locations(config, "keypoints", "output")
     if storage.exists(config.output):
         raise _taken(config.output)
@@ -37,5 +38,5 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
 
 def _taken(output: str) -> ConfigError:
-    return ConfigError(f"--output {output}: there is a file of that name, which is never replaced. "
+    return ConfigError(f"--output {output}: something of that name is there, which is never replaced. "
                        "Choose another name, or move the file away.")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.annotate import freeze
+from jobs.annotate import freeze, refuse_early
 from jobs.annotate_pool import PoolSizes, UnitTask, annotate_units, pool_sizes
 from jobs.start_ray import num_cpus, num_gpus, num_nodes, refuse_unshared, start_ray
 from pipeline import storage
@@ -32,6 +32,7 @@ from pipeline.model_reference import find_model
 from pipeline.reuse import KnownPictures, earlier_parts
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
 from pipeline.units import FrozenJob, open_job
+from pipeline.words import clock, counted
 
 logger = logging.getLogger("jobs.plan")
 SLICES_FOR_AN_ACTOR = 4  # so that what one actor gets by chance weighs little
@@ -48,6 +49,7 @@ def run(config: PlanConfig) -> dict[str, Any]:
         scratch = storage.join(config.scratch or str(folder), f"_scratch-{uuid.uuid4().hex[:8]}")
         (folder / "model").mkdir()
         model = find_model(config.model, settings=config.tracking, into=folder / "model")
+        refuse_early(config)
         stack.enter_context(start_ray())
         refuse_unshared(inputs=[config.input], outputs=[scratch])
         stack.callback(_remove, scratch)
@@ -114,8 +116,9 @@ class Sampling:
 
     def _slices(self, units: list[pa.Table], draw: random.Random) -> Iterator[pa.Table]:
         size = -(-self._pictures // max(1, len(units)))
-        logger.info("%d pictures in %d units counted in %.1f s; annotating a sample of about %d", self.whole.pictures,
-                    self.whole.units, self.whole.seconds, size * len(units))
+        logger.info("%s in %s counted in %.1f s; annotating a sample of about %d",
+                    counted(self.whole.pictures, "picture"), counted(self.whole.units, "unit"), self.whole.seconds,
+                    size * len(units))
         for unit in itertools.islice(itertools.cycle(units), self.num_first + self.num_single):
             yield unit.slice(draw.randrange(len(unit)), 1)
         for unit in units:
@@ -197,12 +200,13 @@ def _annotate(scratch: str, job: FrozenJob, tasks: list[UnitTask], *, pool: Pool
     return receipts
 
 
-def _receipts(receipts: Iterable[Receipt]) -> dict[int, Receipt]:
+def _receipts(receipts: Generator[Receipt]) -> dict[int, Receipt]:
     found = {}
-    for receipt in receipts:
-        if receipt.outcome == FAILED:
-            raise OSError(f"the sample can't be annotated: {receipt.failure}")
-        found[receipt.unit] = receipt
+    with contextlib.closing(receipts):  # while Ray is up
+        for receipt in receipts:
+            if receipt.outcome == FAILED:
+                raise OSError(f"the sample can't be annotated: {receipt.failure}")
+            found[receipt.unit] = receipt
     return found
 
 
@@ -228,20 +232,16 @@ def _tell(whole: Whole, measured: Measured, prediction: Prediction, intent: dict
     copied = f", {whole.copied:,} of them copied" if whole.copied else ""
     decoders = f", for whom {pool.decoders} decode" if pool.decoders else ""
     lines = [
-        f"{whole.pictures:,} pictures in {whole.units:,} units{copied}, listed in {whole.seconds:.1f} s",
-        f"measured on {measured.pictures} pictures, {measured.persons} persons, {measured.rejected} rejected: "
-        f"{speed} by {pool.annotators} actors "
+        f"{counted(whole.pictures, 'picture')} in {counted(whole.units, 'unit')}{copied}, listed in "
+        f"{whole.seconds:.1f} s",
+        f"measured on {counted(measured.pictures, 'picture')}, {counted(measured.persons, 'person')}, "
+        f"{measured.rejected} rejected: {speed} by {counted(pool.annotators, 'actor')} "
         f"({intent['backend']}, {intent['precision']}){decoders}",
         f"about {whole.pictures * measured.persons / measured.pictures:,.0f} persons",
-        f"wall time   {_hours(prediction.seconds)}  (listing {prediction.listing_s:.0f} s, pool "
+        f"wall time   {clock(prediction.seconds)}  (listing {prediction.listing_s:.0f} s, pool "
         f"{prediction.pool_start_s:.0f} s, annotating {prediction.annotating_s:.0f} s, sealing "
         f"{prediction.sealing_s:.0f} s)",
         f"node hours  {prediction.node_hours:.2f}"]
     if prediction.money is not None:
         lines.append(f"money       {prediction.money:.2f}, in the currency of the price")
     print("\n".join(lines), file=sys.stderr)
-
-
-def _hours(seconds: float) -> str:
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

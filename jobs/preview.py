@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.record import record_run
 from pipeline import drawing, storage
-from pipeline.annotation_input import describe_input
+from pipeline.annotation_input import SHARDS, describe_input
 from pipeline.config import PreviewConfig, locations
 from pipeline.errors import ConfigError, DataError
 from pipeline.images import PictureLimits, PictureRefused, decode_picture
@@ -26,6 +26,7 @@ from pipeline.preview.pictures import Fetched, decode_checked, fetch_pictures
 from pipeline.preview.strata import BEST, GROUPS, QUARTERS, RANDOM, WORST, Candidate, deal
 from pipeline.preview.survey import NUM_PER_REASON, Survey
 from pipeline.rows import OK
+from pipeline.shards import newest_version
 from pipeline.units import total_counts
 
 logger = logging.getLogger("jobs.preview")
@@ -47,12 +48,12 @@ def run(config: PreviewConfig) -> dict[str, Any]:
     """Write the page and the sheet; gives their places and how many pictures are on them."""
     config = locations(config, "keypoints", "output", "images")
     page_uri, sheet_uri = storage.join(config.output, PAGE), storage.join(config.output, SHEET)
-    _refuse_existing(page_uri, sheet_uri)
+    _refuse_existing(page_uri)
     parts = open_keypoints(config.keypoints)
     survey, counts = _survey(parts, config)
     chosen, rejected = deal(survey.strata(), config.pictures), survey.rejected()
     rows = _rows(parts, itertools.chain(*chosen.values(), *rejected.values()))
-    source = describe_input(config.images) if config.images else parts.metadata.json["input"]
+    source = describe_input(config.images) if config.images else _annotated_input(parts.metadata)
     draw = partial(drawing.draw_picture, skeleton=parts.metadata.skeleton, low_score=parts.metadata.low_score)
     cards = _drawn_cards(chosen, rows, source, draw)
     refused = _rejected_cards(rejected, rows, source)
@@ -70,14 +71,22 @@ def run(config: PreviewConfig) -> dict[str, Any]:
             "complete": parts.metadata.complete}
 
 
-def _refuse_existing(*uris: str) -> None:
-    for uri in uris:
-        if storage.exists(uri):
-            raise ConfigError(f"{uri} is there already, and nothing is ever replaced. Choose another --output.")
+def _annotated_input(metadata: KeypointMetadata) -> dict[str, Any]:
+    source: dict[str, Any] = metadata.json["input"]
+    if source["kind"] == SHARDS and not newest_version(source["uri"]):
+        raise DataError(f"{source['uri']}: the shard dataset that was annotated isn't there any more. Give --images, "
+                        "the place where it, or its pictures, are now.")
+    return source
+
+
+def _refuse_existing(uri: str) -> None:
+    if storage.exists(uri):
+        raise ConfigError(f"{uri} is there already, and nothing is ever replaced. Choose another --output.")
 
 
 def _put(uri: str, data: bytes) -> None:
-    if not storage.put_if_absent(uri, data):
+    """Put it; the same bytes may be there of a run that was ended before it put the page."""
+    if not storage.put_if_absent(uri, data) and storage.read_object(uri) != data:
         _refuse_existing(uri)
 
 

@@ -15,10 +15,12 @@ from pipeline.errors import DataError
 from pipeline.shards import NOT_A_PICTURE
 from pipeline.unit_annotator import COMMITTED, FAILED, Receipt
 from pipeline.units import total_counts
+from pipeline.words import clock, counted, ranked
 
 logger = logging.getLogger("jobs.annotate")
 LOG_EVERY_S = 10.0
 SHOW_EVERY_S = 0.5
+QUIET_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class RejectionBudget:
                   "max_rejected": self.planned if self.most is None else self.most}
         name, limit = min(limits.items(), key=lambda item: item[1])
         if rejected > limit:
-            common = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items(), key=lambda item: -item[1])[:3])
-            raise DataError(f"{rejected} pictures were rejected, more than the {limit:g} of {self.planned} that {name} "
-                            f"allows; commonest: {common}. What is committed stays; mend the input, or allow more by "
-                            f"--set {name}={1 if name == 'max_rejected_share' else rejected}.")
+            more = 1 if name == "max_rejected_share" else rejected
+            raise DataError(f"{counted(rejected, 'picture')} rejected, more than the {int(limit)} of {self.planned} "
+                            f"that {name} allows; commonest: {ranked(reasons, 3)}. What is committed stays, and each "
+                            "row says why (`preview` shows some). Mend the input, or allow more by "
+                            f"--set {name}={more}.")
         if self.share < 1 and counts.get("reasons", {}).get(NOT_A_PICTURE, 0) == self.planned:
             raise DataError(f"none of the {self.planned} objects is a picture. Check --input; what is committed stays.")
 
@@ -64,10 +67,11 @@ class Progress:
         self.committed = 0
         self._terminal = sys.stderr.isatty()
         self._told = time.monotonic()
-        self._began = self._began_units = time.time()
+        self._began = self._began_units = self._last = time.time()  # `_last`: the last receipt
 
     def add(self, receipt: Receipt) -> None:
         """Count one unit's receipt."""
+        self._last = time.time()
         if receipt.outcome == FAILED:
             self.failed[receipt.unit] = receipt
             return
@@ -104,6 +108,26 @@ class Progress:
             ended.set()
             thread.join()
 
+    @contextmanager
+    def telling_of_silence(self) -> Iterator[None]:
+        """While the block runs, say so each minute in which no unit was done: the first ones take long."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(max(QUIET_S / 60, self._told + QUIET_S - time.monotonic())):
+                if time.monotonic() - self._told >= QUIET_S:
+                    silent_s, self._told = time.time() - self._last, time.monotonic()
+                    self._show(f"{len(self.answered)} of {counted(self.units, 'unit')}; no unit was done for "
+                               f"{clock(silent_s)}", last=False)
+
+        thread = threading.Thread(target=watch, daemon=True, name="telling of silence")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def so_far(self) -> dict[str, Any]:
         """What this run has done: units of units, pictures, persons, rejected, persons/s, seconds left."""
         seconds = max(time.time() - self._began_units, 1e-3)
@@ -121,11 +145,13 @@ class Progress:
             return
         self._told = now
         values = self.so_far()
-        left = values["seconds_left"]
         copied = f" ({values['reused']} copied)" if values["reused"] else ""
-        line = (f"{values['units_done']} of {values['units']} units, {values['pictures']} pictures{copied}, "
-                f"{values['persons_per_s']:.1f} persons/s, {values['rejected']} rejected, "
-                f"about {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        time_text = f"done in {clock(values['seconds'])}" if last else f"about {clock(values['seconds_left'])} left"
+        self._show(f"{values['units_done']} of {counted(values['units'], 'unit')}, "
+                   f"{counted(values['pictures'], 'picture')}{copied}, {values['persons_per_s']:.1f} persons/s, "
+                   f"{values['rejected']} rejected, {time_text}", last=last)
+
+    def _show(self, line: str, *, last: bool) -> None:
         if self._terminal:
             print(f"\r{line}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
         else:

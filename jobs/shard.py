@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.hash_buckets import HASH, HashBuckets
 from pipeline.images import PictureLimits
 from pipeline.inventory import read_keys
+from pipeline.outputs import SHARDS, refuse_other_kind
 from pipeline.rows import ROW_VERSION
 from pipeline.shard_listing import Listing, locator
 from pipeline.shard_plan import Bounds
@@ -35,6 +36,7 @@ from pipeline.units import (
     read_units,
     refuse_other_intent,
 )
+from pipeline.words import counted, ranked
 
 logger = logging.getLogger("jobs.shard")
 PICTURES_PER_PLAN_FILE = 1_000_000
@@ -63,6 +65,8 @@ def run(config: ShardConfig) -> dict[str, Any]:
     _refuse_wrong_command(config)
     annotations = _read_annotations(config.annotations)
     base = _newest(config.output)
+    if not base.version:
+        refuse_other_kind(config.output, SHARDS)
     job = _unfinished_job(config, annotations, base)
     written = 0 if job is None else _finish(config, job, annotations, base)
     if job is None or config.drop is not None:
@@ -153,7 +157,8 @@ def freeze_next(config: ShardConfig, annotations: AnnotationFile | None,
         _refuse_other_settings(config, annotations, base)
     job = _freeze_drop(config, base) if config.drop is not None else _freeze_growth(config, annotations, base)
     if job is not None and base.version:
-        logger.info("version %d: %s", base.version + 1, job.about["changes"])
+        changes = ", ".join(f"{number} {change}" for change, number in job.about["changes"].items())
+        logger.info("version %d: %s", base.version + 1, changes)
     return job
 
 
@@ -290,9 +295,10 @@ def _seal(output: str, job: FrozenJob, annotations: AnnotationFile | None, base:
 def _result(output: str, *, written: int) -> dict[str, Any]:
     dataset = shards.open_shards(output)
     counts = dataset.json["counts"]
-    logger.info("%s version %d: %d rows = %d pictures + %d refused + %d that are no pictures %s; %d persons "
-                "(%d trainable); %d duplicates", output, dataset.version, counts["rows"], counts["pictures"],
-                counts["refused"], counts.get("not_pictures", 0), counts["reasons"] or "", counts["persons"],
-                counts["trainable"], counts.get("duplicates", 0))
+    reasons = f" ({ranked(counts['reasons'])})" if counts["reasons"] else ""
+    logger.info("%s version %d: %s = %d pictures + %d refused + %d that are no pictures%s; %s (%d trainable); %s",
+                output, dataset.version, counted(counts["rows"], "row"), counts["pictures"], counts["refused"],
+                counts.get("not_pictures", 0), reasons, counted(counts["persons"], "person"), counts["trainable"],
+                counted(counts.get("duplicates", 0), "duplicate"))
     return {"job": "shard", "output": output, "dataset_version": dataset.version, "shards": len(dataset.parts),
             "shards_written": written, "changes": dataset.json.get("changes"), "counts": counts}

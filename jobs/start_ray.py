@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 # processes that wakes up then takes a core from a thread of a network, for which the others wait: a training did 47
 # samples/s, and 57 at everybody's priority (RESULTS.md)
 WORKER_NICENESS = {"RAY_worker_niceness": "0"}
+# What Ray warns of at each start and nobody can mend: that a local Ray asks for a token, that its own bars are off
+NOT_WORTH_A_LINE = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
 
 
 @contextlib.contextmanager
@@ -44,13 +47,18 @@ def start_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     for name, value in (THREAD_WAITS | WORKER_NICENESS).items():
         os.environ.setdefault(name, value)
-    # each broken picture's row says why; OpenCV's own lines, from every worker, would drown everything else
+    # as `python -m jobs` has it: OpenCV's own lines, from every worker, would drown everything else
     os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+    if not sys.stderr.isatty():  # Ray colours workers' lines in files too
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    for name in NOT_WORTH_A_LINE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         _connect()
     except Exception as error:  # of a node that is slow to start, Ray says just that
-        raise OSError(f"Ray could not be started or reached: {error}. Check RAY_ADDRESS; on a busy machine, "
-                      "try again.") from error
+        said = str(error).rstrip(".")
+        raise OSError(f"Ray could not be started or reached: {said}. Check RAY_ADDRESS; on a busy machine, try "
+                      "again.") from error
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")  # the only way to bound an actor's restarts
     try:
         yield
@@ -69,7 +77,8 @@ def _connect() -> None:
     # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
     ray.init(address="local", num_cpus=max(4, usable_cores()), log_to_driver=True,
              logging_level=logging.WARNING)
-    logger.info("started a local Ray: %s", _resources())
+    gpus = f", {have:g} GPUs" if (have := ray.cluster_resources().get("GPU")) else ""
+    logger.info("started a local Ray on %d cores%s", usable_cores(), gpus)
 
 
 def _resources() -> str:

@@ -5,6 +5,9 @@ from typing import Any
 
 from pipeline.config import StatusConfig, locations
 from pipeline.run_status import DAMAGED, STOPPED, RunStatus, run_status
+from pipeline.words import clock, counted, ranked
+
+FIRST_COUNTS = ("rows", "pictures", "ok", "no_person", "rejected", "refused", "persons", "trainable")
 
 
 def run(config: StatusConfig) -> dict[str, Any]:
@@ -24,17 +27,18 @@ def _lines(status: RunStatus) -> list[str]:
     return [f"{status.output}",
             f"  {status.kind} run {status.digest[:8]}{named}",
             f"  {status.state}{remedy}",
-            f"  {status.done} of {status.units} units ({share:.1%}) of {status.pictures} pictures",
+            f"  {status.done} of {counted(status.units, 'unit')} ({share:.1%}), of "
+            f"{counted(status.pictures, 'picture')}",
             *_counts(status), *map(_driver, status.drivers)]
 
 
 def _counts(status: RunStatus) -> list[str]:
     counts = {name: value for name, value in status.counts.items() if not isinstance(value, dict)}
+    order = [name for name in FIRST_COUNTS if name in counts] + [name for name in counts if name not in FIRST_COUNTS]
     about = " (estimated)" if status.estimated else ""
-    lines = [f"  committed{about}: " + ", ".join(f"{value} {name}" for name, value in counts.items())] if counts else []
+    lines = [f"  committed{about}: " + ", ".join(f"{counts[name]} {name}" for name in order)] if counts else []
     if reasons := status.counts.get("reasons"):
-        common = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-        lines.append("  reasons: " + ", ".join(f"{name} {count}" for name, count in common))
+        lines.append(f"  reasons: {ranked(reasons)}")
     return lines
 
 
@@ -42,6 +46,6 @@ def _driver(sign: Any) -> str:
     done = sign.progress
     left = done.get("seconds_left")
     speed = f"{done.get('units_done', 0)} of {done.get('units', 0)} units, {done.get('persons_per_s', 0)} persons/s"
-    ends = f", about {left // 60} min left" if left is not None and sign.alive() else ""
+    ends = f", about {clock(left)} left" if left is not None and sign.alive() else ""
     return (f"  driver {sign.driver} on {sign.host}, process {sign.pid}: {'alive' if sign.alive() else 'gone'}, "
             f"last seen {max(0, sign.age_s()):.0f} s ago; {speed}{ends}")

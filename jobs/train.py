@@ -41,6 +41,7 @@ from pipeline.model.compiling import why_not_compile
 from pipeline.model.directory import ModelSpec, model_digest, read_spec
 from pipeline.model.settings import SPEC_FILE
 from pipeline.model_reference import download_model, put_model
+from pipeline.outputs import TRAINING, refuse_other_kind
 from pipeline.patience import waited_out
 from pipeline.promotion import refuse_reserved_alias
 from pipeline.provenance import code_version
@@ -70,6 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     uris = [*(one.uri for one in config.data), *filter(None, [config.val])]
     for uri in uris:
         storage.refuse_overlap(uri, config.output)
+    refuse_other_kind(config.output, TRAINING)
     job = open_job(config.output)
     if job is not None:
         tell_if_init_moved(config, job)

@@ -23,6 +23,7 @@ from pipeline.verification.keypoint_part import KeypointPart, KeypointReport, ch
 from pipeline.verification.keypoint_whole import check_all_keypoints, keypoints_to_check
 from pipeline.verification.part import PartReport, PartToCheck, check_stored_part
 from pipeline.verification.whole import check_whole, parts_to_check
+from pipeline.words import counted
 
 logger = logging.getLogger("jobs.verify")
 FEW_PARTS = 8  # so many are read sooner than a local Ray starts (5 s)
@@ -49,7 +50,7 @@ def _verify_shards(config: VerifyConfig) -> dict[str, Any]:
     findings += check_whole(chain, reports)
     where = f"{config.data} version {chain.number}"
     rows = _refuse(findings, where, reports, len(names))
-    logger.info("%s is whole: %d parts, %d rows", where, len(reports), rows)
+    logger.info("%s is whole: %s, %s", where, counted(len(reports), "part"), counted(rows, "row"))
     return {"job": "verify", "data": config.data, "dataset_version": chain.number, "parts": len(reports),
             "rows": rows, "findings": 0, "whole": True}
 
@@ -66,7 +67,7 @@ def _verify_keypoints(config: VerifyConfig) -> dict[str, Any]:
     findings += check_all_keypoints(output, reports)
     rows = _refuse(findings, config.data, reports, output.num_committed, unfinished=output.unfinished)
     assert output.run is not None  # else there was a finding
-    logger.info("%s is whole: %d parts, %d rows", config.data, len(reports), rows)
+    logger.info("%s is whole: %s, %s", config.data, counted(len(reports), "part"), counted(rows, "row"))
     return {"job": "verify", "data": config.data, "digest": output.run.digest, "parts": len(reports), "rows": rows,
             "findings": 0, "whole": True}
 

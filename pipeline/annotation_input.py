@@ -17,7 +17,7 @@ from pipeline.boxes import BoxSource
 from pipeline.errors import DataError
 from pipeline.exclusion import Exclusion
 from pipeline.images import PictureRefused
-from pipeline.inventory import LIST_SCHEMA, is_list, read_list
+from pipeline.inventory import LIST_SCHEMA, NEITHER_LIST_NOR_PREFIX, is_list, read_list
 from pipeline.rows import PICTURE, REJECTED, SHARD_SCHEMA, AnnotatedPicture
 from pipeline.shard_plan import listed_tables, refuse_repeated
 
@@ -61,8 +61,21 @@ def plan_units(source: dict[str, Any], *, pictures_per_unit: int, limit: int | N
         found = True
         yield unit
     if not found:
-        raise DataError(f"{source['uri']}: nothing to annotate is there. Check the address"
-                        f"{' and what --exclude leaves out' if exclude.keys else ''}.")
+        raise _nothing_there(source["uri"], exclude)
+
+
+def refuse_nothing(uri: str) -> None:
+    """Refuse (DataError) a place where nothing is at all, by one look: before a list or a prefix is read as a whole."""
+    there = storage.exists(uri) if is_list(uri) else any(True for _ in storage.list_objects(uri))
+    if not there:
+        raise _nothing_there(uri, Exclusion())
+
+
+def _nothing_there(uri: str, exclude: Exclusion) -> DataError:
+    if not is_list(uri) and storage.exists(uri):
+        return DataError(f"{uri}: {NEITHER_LIST_NOR_PREFIX}")
+    return DataError(f"{uri}: nothing to annotate is there. Check the address"
+                     f"{' and what --exclude leaves out' if exclude.keys else ''}.")
 
 
 def pictures_of_unit(source: dict[str, Any], planned: Sequence[dict[str, Any]], boxes: BoxSource,

@@ -90,6 +90,23 @@ class ChosenBoxes:
     freeze: Callable[[FrozenJob], dict[str, int]] = lambda job: {}
 
 
+def refuse_unservable(asked: AskedBoxes, source: dict[str, Any]) -> None:
+    """Refuse (ConfigError) boxes that this input can't have, as far as one look tells: before files are read."""
+    _refuse_half_a_detector(asked)
+    if asked.boxes in (None, ANNOTATED):
+        _chosen_annotations(asked, source, _annotations_sha256(source))
+    elif asked.boxes == DETECT:
+        _detector_bytes(storage.normalise(str(asked.detector)), "", None)
+    elif asked.boxes != WHOLE_IMAGE:
+        find_box_files(str(asked.boxes))
+
+
+def _refuse_half_a_detector(asked: AskedBoxes) -> None:
+    if (asked.detector is None) != (asked.boxes != DETECT):
+        raise ConfigError("--boxes detect needs --detector FILE, an ONNX file with YOLOX's layout." if
+                          asked.detector is None else "--detector is for --boxes detect: give both, or neither.")
+
+
 @contextlib.contextmanager
 def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str, begun: FrozenJob | None = None, *,
                  reused: FrozenJob | None = None, whole: bool = True) -> Iterator[ChosenBoxes]:
@@ -103,9 +120,7 @@ def choose_boxes(asked: AskedBoxes, source: dict[str, Any], output: str, begun: 
     Refuses (ConfigError) a choice that this input can't serve: annotated boxes without annotations, boxes by image_id
     without a shard dataset that has image ids, `detect` without a detector and the reverse.
     """
-    if (asked.detector is None) != (asked.boxes != DETECT):
-        raise ConfigError("--boxes detect needs --detector FILE, an ONNX file with YOLOX's layout." if
-                          asked.detector is None else "--detector is for --boxes detect: give both, or neither.")
+    _refuse_half_a_detector(asked)
     if asked.boxes == DETECT:
         yield _chosen_detector(asked, output, begun, reused)
         return

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -23,17 +23,18 @@ from pipeline.storage import normalise
 class TrackingConfig(Settings):
     """Where MLflow is. Without `uri`: MLFLOW_TRACKING_URI, or an SQLite file in the working directory."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="tell MLflow")
     # may hold a password, and whoever is given these settings may print them: Ray Train shows them on its dashboard
-    uri: str | None = Field(None, repr=False)
-    experiment: str = "pose"
+    uri: str | None = Field(None, repr=False, description="default: MLFLOW_TRACKING_URI, or mlflow.db in the working "
+                            "directory")
+    experiment: str = Field("pose", description="MLflow's experiment")
 
 
 class RayConfig(Settings):
     """How much is done at once. Nothing here can change a row."""
 
     tasks: int | None = Field(None, ge=1, description="tasks at once; default: one for each core")
-    threads: int = Field(16, ge=1, description="objects read at once by each task")
+    threads: int = Field(16, ge=1, description="objects read at once by each task of shard")
 
 
 class ShardConfig(Settings):
@@ -44,14 +45,15 @@ class ShardConfig(Settings):
     annotations: str | None = None
     drop: str | None = None
     images_per_shard: int = Field(1000, ge=1)
-    bytes_per_shard: int = Field(128_000_000, ge=1_000_000, le=2_000_000_000)
+    bytes_per_shard: int = Field(128_000_000, ge=1_000_000, le=2_000_000_000, description="at most so many in a shard")
     include: str | None = None
-    annotated_only: bool = False
+    annotated_only: bool = Field(False, description="only pictures that the annotations name")
     limit: int | None = Field(None, ge=1)
-    seed: int = 0
-    validate_pictures: Literal["header", "full"] = Field("header", alias="validate")
+    seed: int = Field(0, description="another one spreads the pictures over shards otherwise")
+    validate_pictures: Literal["header", "full"] = Field("header", alias="validate",
+                                                         description="full decodes each picture")
     accept_truncated: bool = Field(False, description="take a picture whose end is missing, as far as it goes")
-    max_pixels: int = Field(128_000_000, ge=1)
+    max_pixels: int = Field(128_000_000, ge=1, description="a picture with more is refused")
     duplicates: Literal["keep", "once"] = Field("keep", description="pictures with the same bytes as another")
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -125,7 +127,7 @@ class OptimiserConfig(Settings):
 class PromotionConfig(Settings):
     """What a registered model has to show before an alias moves to it. Nothing here can change the model."""
 
-    data: str | None = Field(None, description="annotated shard dataset to measure on; train's default: --val")
+    data: str | None = Field(None, description="annotated shard dataset to measure on; in train by default --val")
     version: int | None = Field(None, ge=1, description="of that dataset; default: the newest, or --val's as trained")
     # The standard error of a share of .7 among COCO val2017's 6,352 persons is .0057: less than that is within what
     # another choice of pictures would change. A set of fewer persons wants more.
@@ -152,16 +154,17 @@ class TrainConfig(Settings):
     workers: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="of workers; auto: cuda where Ray has GPUs now")
     register_as: str | None = Field(None, alias="register")
-    alias: str = "candidate"
+    alias: str = Field("candidate", description="moves to whatever is registered")
     promote: str | None = Field(None, description="alias that moves to the registered model if it deserves it")
     promotion: PromotionConfig = PromotionConfig()
-    seed: int = 0
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    seed: int = Field(0, description="of the first weights, the order of the data and its augmentation")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: the network under autocast; auto: on GPUs")
     compile: Literal["default"] | None = Field(None, description="torch.compile's mode, for the training forward")
     sync_batch_norm: bool = Field(False, description="batch norms see the batches of all workers as one")
     checkpoint_activations: bool = Field(False, description="keep less for the backward pass and compute it again: the "
                                          "same model in less memory and more time")
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, description="of each worker on CPUs; default: its share of the cores")
     validate_every: int = Field(2400, ge=1, description="iterations between validations and checkpoints")
     validate_persons: int | None = Field(None, ge=1, description="about so many, the first ones of each shard of val; "
                                          "default: all")
@@ -185,7 +188,7 @@ class TrainConfig(Settings):
     def _one_or_several(cls, value: Any) -> Any:
         """A URI, a mapping, or a list of them; in a flag, a mapping is YAML: `{uri: s3://..., weight: 2}`."""
         entries = list(value) if isinstance(value, list | tuple) else [value]
-        read = [yaml.safe_load(each) if isinstance(each, str) and each.startswith("{") else each for each in entries]
+        read = [_value(each) if isinstance(each, str) and each.startswith("{") else each for each in entries]
         return [{"uri": each} if isinstance(each, str) else each for each in read]
 
     @field_validator("loss", "inference", mode="before")
@@ -244,19 +247,22 @@ class AnnotationConfig(Settings):
         "auto", description="onnxruntime where it is installed, half of OpenCV's time; then as the run was begun")
     oks_nms: float | None = Field(None, ge=0, le=1, description="a pose more like a better one than this is left out")
     limit: int | None = Field(None, ge=1)
-    pictures_per_unit: int = Field(500, ge=1, le=100_000)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    flip: bool = True
+    pictures_per_unit: int = Field(500, ge=1, le=100_000, description="in one output file; as a shard has, where the "
+                                   "input is shards")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="bfloat16 where the processor computes it, else float32")
+    flip: bool = Field(True, description="predict the mirrored crop too, and take the mean")
     backend: Literal["auto", "cpu", "cuda", "openvino", "null"] = Field(
-        "auto", description="null: no network, to measure what all else costs")
-    threads: int | None = Field(None, ge=1)
+        "auto", description="cuda where Ray has GPUs, else openvino where it is installed; null: no network, to "
+                            "measure what all else costs")
+    threads: int | None = Field(None, ge=1, description="of each actor; default: 1, or 4 on nodes of more cores")
     batch_size: int = Field(32, ge=1, description="crops that go through the network together; OpenVINO takes fours")
-    deterministic: bool = False
+    deterministic: bool = Field(False, description="the same bits each time, also on GPUs")
     compile: Literal["default", "reduce-overhead"] | None = Field(
         None, description="torch.compile's mode, for backends cpu and cuda; reduce-overhead: CUDA graphs")
-    max_pixels: int = Field(128_000_000, ge=1)
+    max_pixels: int = Field(128_000_000, ge=1, description="a picture with more is refused")
     accept_truncated: bool = Field(False, description="take a picture whose end is missing, as far as it goes")
-    actors: int | None = Field(None, ge=1)
+    actors: int | None = Field(None, ge=1, description="that annotate; default: as many as there is room for")
     detectors: int | None = Field(None, ge=1, description="actors that detect; default: what cores there are for it")
     decoders: int | None = Field(None, ge=0, description="actors that read, decode and crop for those that annotate; "
                                  "default: 0, or beside GPUs, where there are machines without one, what fits")
@@ -345,7 +351,7 @@ class ImportModelConfig(Settings):
     input_size_wh: tuple[int, int] | None = Field(
         None, description="of crops; default: as the file's name has it, height first, or the network's usual one")
     register_as: str | None = Field(None, alias="register")
-    alias: str = "candidate"
+    alias: str = Field("candidate", description="moves to whatever is registered")
     tracking: TrackingConfig = TrackingConfig()
 
 
@@ -371,6 +377,15 @@ class DemoConfig(Settings):
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+# pydantic's kinds of problems and its words -> ours
+EXPECTED = {"bool_parsing": "expected true or false", "bool_type": "expected true or false",
+            "int_parsing": "expected a whole number", "int_type": "expected a whole number",
+            "int_from_float": "expected a whole number", "float_parsing": "expected a number",
+            "float_type": "expected a number", "string_type": "expected text",
+            "tuple_type": "expected a list, as [1, 2]", "too_short": "expected more values",
+            "too_long": "expected fewer values"}
+WORDS = {"Value error, ": "", "Input should be": "expected", "greater than or equal to": "at least",
+         "less than or equal to": "at most", "greater than": "more than"}
 
 
 class PlainYaml(yaml.SafeLoader):
@@ -398,8 +413,9 @@ def load_config(kind: type[AnySettings], *, files: Sequence[str] = (), assignmen
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, problem) for problem in error.errors()
-                                    if problem["type"] != "default_factory_not_called")) from None
+        problems = [problem for problem in error.errors() if problem["type"] != "default_factory_not_called"]
+        raise ConfigError("\n".join(_explain(kind, problem) for problem in problems
+                                    if not _follows(problem, problems))) from None
 
 
 def locations(settings: Settings, *names: str) -> Any:
@@ -416,9 +432,11 @@ def _located(value: str | tuple[DataConfig, ...]) -> Any:
 
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
-        values = yaml.load(Path(file).read_text(), PlainYaml)
+        values = yaml.load(Path(file).read_text("utf-8-sig"), PlainYaml)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {file}: not UTF-8 text. Expected YAML, settings as `name: value`.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file}: not YAML: {error}.") from None
     if values is not None and not isinstance(values, dict):
@@ -445,17 +463,40 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {assignment}: {step} is a value, not a group of settings.")
         values = inner
-    values[last] = yaml.load(text, PlainYaml)
+    values[last] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """What YAML makes of it; the text itself where that is nothing, as of *.jpg."""
+    try:
+        return yaml.load(text, PlainYaml)
+    except yaml.YAMLError:
+        return text
+
+
+def _follows(problem: Any, problems: Sequence[Any]) -> bool:
+    """Whether it is only that a list has nothing left without the entries that are wrong."""
+    depth = len(problem["loc"])
+    return problem["type"] == "too_short" and any(other["loc"][:depth] == problem["loc"] != other["loc"]
+                                                  for other in problems)
 
 
 def _explain(kind: type[Settings], problem: Any) -> str:
     """One line for one of pydantic's problems: the setting's full name, what was given, what to write instead."""
     path = _without_tags(kind, [str(step) for step in problem["loc"]])
     name = ".".join(path)
+    if problem["type"] == "missing" and path[-1].isdigit():
+        return f"{'.'.join(path[:-1])}: expected more values (given: {problem['input']!r})."
     if problem["type"] == "missing":
-        return f"{name} is needed: give --{name.replace('_', '-')} or set it in the configuration file."
+        give = f"give --{name.replace('_', '-')} or set it in the configuration file" if len(path) == 1 else "set it"
+        return f"{name} is needed: {give}."
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        return f"{name} is a group of settings: set those in it, as {name}.NAME (given: {problem['input']!r})."
     if problem["type"] != "extra_forbidden":
-        return f"{name}: {problem['msg']} (given: {problem['input']!r})."
+        message = EXPECTED.get(problem["type"], problem["msg"])
+        for theirs, ours in WORDS.items():
+            message = message.replace(theirs, ours)
+        return f"{name}: {message} (given: {problem['input']!r})."
     known = _known_names(kind, [str(step) for step in problem["loc"]][:-1])
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {'.'.join([*path[:-1], nearest[0]])}?" if nearest else f"known: {', '.join(known)}."
@@ -465,6 +506,8 @@ def _explain(kind: type[Settings], problem: Any) -> str:
 def _known_names(kind: type[Settings], path: Sequence[str]) -> list[str]:
     groups: tuple[type[Settings], ...] = (kind,)
     for step in path:
+        if step.isdigit():  # a place in a list
+            continue
         tagged = tuple(each for each in groups if step in _tags(each))
         groups = tagged or groups_of(groups[0].model_fields[step].annotation) or groups
     return [field.alias or name for name, field in groups[0].model_fields.items()]
@@ -475,6 +518,19 @@ def groups_of(annotation: Any) -> tuple[type[Settings], ...]:
     if isinstance(annotation, type):
         return (annotation,) if issubclass(annotation, Settings) else ()
     return tuple(chain.from_iterable(map(groups_of, get_args(annotation))))
+
+
+def choices_of(annotation: Any) -> str:
+    """The words that a setting may be, for people to read; "" where it may be more than a few words."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return next(filter(None, map(choices_of, get_args(annotation))), "")
+
+
+def is_number(annotation: Any) -> bool:
+    """Whether a setting is one number."""
+    return annotation in (int, float) or (get_origin(annotation) is not tuple and
+                                          any(map(is_number, get_args(annotation))))
 
 
 def _tags(group: type[Settings]) -> list[Any]:

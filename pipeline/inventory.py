@@ -17,6 +17,8 @@ from pipeline import storage
 from pipeline.errors import ConfigError, DataError
 
 ENDINGS = (".parquet", ".csv", ".csv.gz", "/manifest.json")
+NEITHER_LIST_NOR_PREFIX = ("this is one object. Give the folder or prefix that holds the pictures, or a list of them, "
+                           f"whose name ends with {', '.join(ENDINGS)}.")
 LIST_SCHEMA = pa.schema([("uri", pa.string()), ("etag", pa.string()), ("size", pa.int64())])
 ROWS_AT_ONCE = 50_000
 EXPECTED = "A list is Parquet, or CSV with a header."

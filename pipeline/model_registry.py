@@ -3,6 +3,7 @@
 Registering and resolving a model raise `TrackingError` where MLflow can't be used. Runs and metrics: tracking.py.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.model.settings import SPEC_FILE
 from pipeline.pose.skeleton import Skeleton
 from pipeline.rows import prediction_columns
-from pipeline.tracking import located, mlflow_errors, open_client, open_run
+from pipeline.tracking import located, mlflow_errors, open_client, open_run, without_credentials
 
 MODEL_ARTIFACT = "model"  # the folder inside the logged model, and its name in a run
 SHA256_TAG = "sha256."  # a version's tag for each file of its model directory
 REQUIREMENTS = ("numpy", "opencv-python-headless", "pandas", "pillow", "pyarrow", "pydantic", "pyyaml",
                 "safetensors", "torch")
+# MLflow's words for a model, version or run that isn't there, and for an alias
+UNKNOWN = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 REGISTRY_REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 
@@ -136,7 +139,7 @@ def registered_version(reference: str, *, tracking: TrackingConfig) -> Registere
     _refuse_off(tracking, f"look up {reference}")
     tracking = located(tracking)
     client = open_client(tracking)
-    with mlflow_errors(str(tracking.uri)):
+    with mlflow_errors(str(tracking.uri)), _refusing_unknown(reference, tracking):
         found = (client.get_model_version_by_alias(match["name"], match["alias"]) if match["alias"]
                  else client.get_model_version(match["name"], match["version"]))
         return RegisteredVersion(found.name, str(found.version), found.run_id)
@@ -152,7 +155,7 @@ def resolve_model(reference: str, *, tracking: TrackingConfig, into: Path) -> Pa
     version = registered_version(reference, tracking=tracking)
     tracking = located(tracking)
     open_client(tracking)
-    with mlflow_errors(str(tracking.uri)):
+    with mlflow_errors(str(tracking.uri)), _refusing_unknown(reference, tracking):
         import mlflow
 
         into.mkdir(parents=True, exist_ok=True)
@@ -165,6 +168,19 @@ def resolve_model(reference: str, *, tracking: TrackingConfig, into: Path) -> Pa
         raise DataError(f"{reference} holds no model directory (no {SPEC_FILE} inside): it was not "
                         "registered by `train` or `import-model`.")
     return found[0].parent
+
+
+@contextlib.contextmanager
+def _refusing_unknown(reference: str, tracking: TrackingConfig) -> Iterator[None]:
+    """A ConfigError that names the reference, where MLflow is there and knows no such model, version, alias or run."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "error_code", None) not in UNKNOWN:
+            raise
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(f"{reference}: MLflow at {without_credentials(str(tracking.uri))} doesn't know it: {said}. "
+                          "Correct the name, or tracking.uri (MLFLOW_TRACKING_URI).") from None
 
 
 def _refuse_off(tracking: TrackingConfig, what: str) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.ahead import map_ahead
 from pipeline.errors import DataError
-from pipeline.inventory import is_list, read_list
+from pipeline.inventory import NEITHER_LIST_NOR_PREFIX, is_list, read_list
 from pipeline.shard_plan import listed_tables
 from pipeline.storage import StoredObject
 
@@ -35,6 +35,8 @@ class Listing:
             self.count += len(table)
             self.num_annotated += sum(key in self.annotated for key in table["key"].to_pylist())
             yield table
+        if not self.count and not is_list(self.images) and storage.exists(self.images):
+            raise DataError(f"{self.images}: {NEITHER_LIST_NOR_PREFIX}")
         if not self.count:
             raise DataError(f"{self.images}: nothing to shard is there. Check the prefix, --include and the "
                             "annotations.")

@@ -46,7 +46,7 @@ def listed_tables(objects: Iterable[StoredObject]) -> Iterator[pa.Table]:
                             [found.size for found in some]], schema=LISTED)
         except UnicodeEncodeError as error:
             raise DataError(f"{error.object!r}: this file's name isn't UTF-8, which a dataset's keys must be. "
-                            "Rename the file, or leave it out by --include.") from None
+                            "Rename the file (or let shard leave it out by --include).") from None
 
 
 def spread(tables: Iterable[pa.Table], into: HashBuckets, *, seed: int) -> None:

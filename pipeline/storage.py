@@ -106,6 +106,8 @@ def normalise(uri: str | os.PathLike[str]) -> str:
         if not _BUCKET.fullmatch(bucket):
             raise ConfigError(f"{text!r}: no bucket can have this name; expected s3://bucket/prefix.")
         return f"s3://{bucket}/{key}".rstrip("/")
+    if text.lower().startswith("s3:"):
+        raise ConfigError(f"{text!r}: expected s3://bucket/prefix, or a local path (./{text} if it is one).")
     if text.startswith("file://"):
         text = text[7:]
     elif "://" in text:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import stat
 import uuid
@@ -18,6 +19,7 @@ from pipeline.listing import StoredObject
 if TYPE_CHECKING:
     import pyarrow.fs
 
+logger = logging.getLogger("pipeline.storage")
 SHA256_ATTRIBUTE = "user.sha256"
 _RENAME_NOREPLACE = 1  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
@@ -29,9 +31,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 def list_objects(prefix_uri: str) -> Iterator[StoredObject]:
     """Every file under the folder, ordered by the bytes of its path; one folder's names are in memory at a time.
 
-    Files whose names begin with a dot are left out, and so is what is not a file. Links to files are followed, links
-    to folders are not. A link that leads nowhere is listed: reading it says ObjectMissing. What vanishes under way is
-    left out; a folder that may not be read is a StorageError.
+    Files whose names begin with a dot are left out, and so is what is not a file. Links to files are followed; links
+    to folders are not, and each is warned of. A link that leads nowhere is listed: reading it says ObjectMissing. What
+    vanishes under way is left out; a folder that may not be read is a StorageError.
     """
     levels = [("", iter(_names_in_order(prefix_uri)))]
     while levels:
@@ -157,6 +159,9 @@ def _stored_object(name: str, path: str) -> StoredObject | None:
             raise StorageError(f"{path}: nothing can be known of the file: {error.strerror}.") from error
     if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
         return _described(name, path, status)
+    if stat.S_ISDIR(status.st_mode):
+        logger.warning("%s: a link to a folder, which is not followed. Give what it leads to as an input of its own.",
+                       path)
     return None
 
 

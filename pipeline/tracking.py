@@ -281,7 +281,7 @@ def open_run(tracking: TrackingConfig, *, name: str, run_id: str | None = None, 
             raise
         run = Run(location=str(tracking.uri), run_id=run_id, connect=lambda: open_client(tracking))
         run._rest(error, took_s=0.0)
-    logger.info("tracked as run %s", run.url or run.run_id)
+    logger.info("tracked as run %s", run.url or f"{run.run_id} at {without_credentials(str(tracking.uri))}")
     with _terminated(run, owned=owned), _system_metrics(run, enabled=system_metrics):
         yield run
 
@@ -406,7 +406,7 @@ def mlflow_errors(uri: str) -> Iterator[None]:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         kind = TrackingRefused if getattr(error, "error_code", None) in REFUSALS else TrackingError
         raise kind(
-            f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line)} "
+            f"MLflow at {without_credentials(uri)} could not be used: {without_credentials(first_line).rstrip('.')}. "
             "Start the server or correct tracking.uri (MLFLOW_TRACKING_URI), or go without: "
             "--set tracking.enabled=false.") from None
 

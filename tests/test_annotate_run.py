@@ -183,7 +183,7 @@ def test_too_many_rejected_pictures_stop_the_run_before_success(
     images = write_pictures(tmp_path / "in") / "images"
     for path in sorted(images.iterdir())[:3]:
         cut_short(path)
-    told = rf"3 pictures were rejected, more than the 2\.?4? of 12 that {list(limit)[-1]} .*truncated 3"
+    told = rf"3 pictures rejected, more than the 2 of 12 that {list(limit)[-1]} .*truncated 3"
     with pytest.raises(DataError, match=told):
         annotate.run(config(world, str(tmp_path / "out"), input=str(images), boxes="whole-image", **limit))
     assert not (tmp_path / "out" / "_SUCCESS").exists()
@@ -201,7 +201,7 @@ def test_what_runs_before_have_rejected_stops_the_run_that_goes_on(
     for part in sorted((tmp_path / "out" / "keypoints").iterdir())[3:]:
         part.unlink()
     monkeypatch.setattr(annotate, "annotate_units", after_counting(annotate.annotate_units))
-    with pytest.raises(DataError, match="3 pictures were rejected"):  # each of them by the run before
+    with pytest.raises(DataError, match="3 pictures rejected"):  # each of them by the run before
         annotate.run(asked)
     assert len(list((tmp_path / "out" / "keypoints").iterdir())) == 4
 
@@ -309,3 +309,32 @@ def test_what_a_backend_cannot_compile_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=f"compile={mode} is for backend .*, and this run's is {backend}"):
         annotate.run(config(world, str(tmp_path / "out"), backend=backend, compile=mode))
     assert not (tmp_path / "out" / "_job.json").exists()
+
+
+@pytest.mark.parametrize("settings", [{"input": "/nowhere", "boxes": "whole-image"}, {"input": "/nowhere/list.csv"},
+                                      {"boxes": "/nowhere.json"}, {"boxes": "detect"},
+                                      {"boxes": "detect", "detector": "/nowhere.onnx"}])
+def test_an_input_and_boxes_that_are_not_there_are_refused_before_ray_starts(
+        world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]) -> None:
+    monkeypatch.setattr(annotate, "start_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises((ConfigError, DataError), match=r"nowhere|needs --detector"):
+        annotate.run(config(world, str(tmp_path / "out"), **settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_another_kind_of_run_is_refused(world: Path, first_run: dict[str, Any],
+                                                             tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a shard dataset"):
+        annotate.run(config(world, str(world / "shards"), input=str(world / "in" / "images"), boxes="whole-image"))
+    with pytest.raises(ConfigError, match="holds a keypoint dataset"):
+        sharded(world / "in", str(world / "out"))
+    with pytest.raises(ConfigError, match="holds a keypoint dataset, and no pictures"):
+        annotate.run(config(world, str(tmp_path / "out"), input=str(world / "out"), boxes="whole-image"))
+
+
+def test_one_picture_is_no_input(world: Path, tmp_path: Path) -> None:
+    picture = min((world / "in" / "images").iterdir())
+    with pytest.raises(DataError, match=r"this is one object\. Give the folder"):
+        annotate.run(config(world, str(tmp_path / "out"), input=str(picture), boxes="whole-image"))
+    with pytest.raises(DataError, match=r"this is one object\. Give the folder"):
+        shard.run(ShardConfig(images=str(picture), output=str(tmp_path / "out"), tracking=NO_TRACKING))

@@ -150,6 +150,13 @@ def test_a_file_without_a_whole_part_is_refused(tmp_path: Path, lost: str) -> No
         read_checkpoint(saved(tmp_path, weights))
 
 
+def test_a_file_that_is_no_checkpoint_is_refused_without_advice_to_run_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.pth").write_text('{"images": []}')
+    with pytest.raises(DataError, match=r"notes\.pth: not a checkpoint") as refusal:
+        read_checkpoint(tmp_path / "notes.pth")
+    assert "weights_only" not in str(refusal.value)
+
+
 def test_a_file_with_another_digest_than_its_name_says_is_refused(tmp_path: Path) -> None:
     path = publish(tmp_path, {"state_dict": mmpose()})
     damaged = bytearray(path.read_bytes())

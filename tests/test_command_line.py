@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.__main__ import JOBS
+from jobs.__main__ import JOBS, read_command
 from pipeline.config import AnnotateConfig, ShardConfig, TrainConfig, load_config, locations
 from pipeline.errors import ConfigError
 
@@ -196,6 +196,65 @@ def test_places_are_spelled_in_full_also_in_lists_and_what_is_not_given_stays_so
     assert (full.output, full.val, full.trunk) == ("s3://bucket/o", None, None)
 
 
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"c\.yaml: not UTF-8"):
+        load_config(ShardConfig, files=[str(tmp_path / "c.yaml")])
+
+
+def test_a_value_that_is_no_yaml_is_text() -> None:
+    assert load_config(ShardConfig, assignments=["include=*.jpg"], flags=NEEDED).include == "*.jpg"
+    with pytest.raises(ConfigError, match=r"annotated_only: expected true or false \(given: '\[1'\)"):
+        load_config(ShardConfig, assignments=["annotated_only=[1"], flags=NEEDED)
+
+
+@pytest.mark.parametrize(("assignment", "told"), [
+    ("data=[{uri: a, wight: 2}]", r"^data\.0\.wight is not a setting of this job; did you mean data\.0\.weight\?$"),
+    ("data=[{weight: 2}]", r"^data\.0\.uri is needed: set it\.$"),
+    ("augmentation.scale_range=[1]", r"augmentation\.scale_range: expected more values"),
+    ("tracking=false", r"tracking is a group of settings: set those in it, as tracking\.NAME"),
+    ("threads=0", r"threads: expected at least 1 \(given: 0\)")])
+def test_what_is_wrong_is_said_in_words_for_people(assignment: str, told: str) -> None:
+    needed = {"output": "o"} if assignment.startswith("data") else {"data": "d", "output": "o"}
+    with pytest.raises(ConfigError, match=told):
+        load_config(TrainConfig, assignments=[assignment], flags=needed)
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["--boxs", "detect"], "did you mean --boxes"), (["--batch-size", "4"], "did you mean --set batch_size=VALUE"),
+    (["--tracking.enabled=false"], "did you mean --set tracking.enabled=VALUE"), (["b.jpg"], "belongs to no flag"),
+    (["--zzz"], "annotate --help")])
+def test_a_flag_that_a_job_does_not_know_is_refused_with_what_may_be_meant(arguments: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_command(["annotate", "--input", "a.jpg", *arguments])
+
+
+def test_help_tells_the_words_that_a_setting_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_command(["shard", "--help"])
+    assert 'validate = "header"  (header | full;' in capsys.readouterr().out
+
+
+def test_a_result_that_cannot_be_written_is_still_on_stdout(tmp_path: Path) -> None:
+    output = Path(__file__).parent / "versions" / "v1" / "keypoints"
+    answer = command("status", "--output", str(output), "--result", "/proc/nothing/result.json")
+    assert answer.returncode == 1
+    assert json.loads(answer.stdout)["job"] == "status"
+    assert "/proc/nothing" in answer.stderr
+
+
+def test_a_command_that_is_interrupted_says_that_it_can_go_on() -> None:
+    code = ("import sys, jobs.status\n"
+            "def run(config): raise KeyboardInterrupt\n"
+            "jobs.status.run = run\n"
+            "from jobs.__main__ import main\n"
+            "sys.exit(main(['status', '--output', 'o']))")
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            cwd=Path(__file__).parents[1])
+    assert (answer.returncode, answer.stdout) == (130, "")
+    assert answer.stderr.startswith("failed: interrupted; what is committed stays")
+
+
 def test_settings_cannot_be_changed_once_read() -> None:
     config = load_config(AnnotateConfig, flags={"input": "i", "model": "m", "output": "o"})
     with pytest.raises(ValueError, match="frozen"):
@@ -215,7 +274,7 @@ def test_the_result_is_the_only_line_on_stdout_and_is_written_where_asked(tmp_pa
 
 
 def test_a_failed_run_exits_with_1_and_names_what_failed(tmp_path: Path) -> None:
-    (tmp_path / "truth.json").write_text("{}")
+    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [], "categories": []}')
     answer = command("evaluate", "--keypoints", str(tmp_path / "nothing"),
                      "--annotations", str(tmp_path / "truth.json"))
     assert answer.returncode == 1

@@ -125,6 +125,14 @@ def test_a_setting_that_the_format_has_no_use_for_is_refused_by_name(tmp_path):
         run(ExportConfig(keypoints=keys, to="coco-results", output=str(tmp_path / "file"), min_score=0.7))
 
 
+@pytest.mark.parametrize(("to", "name"), [("cvat", "out.json"), ("coco-results", "out.zip")])
+def test_a_name_that_ends_as_another_kind_of_file_is_refused(tmp_path, to, name):
+    keys = write_keypoints(tmp_path / "keypoints", [picture("a.jpg", 1, scores=(0.5,))])
+
+    with pytest.raises(ConfigError, match=f"{to} is a .* file"):
+        run(ExportConfig(keypoints=keys, to=to, output=str(tmp_path / name)))
+
+
 def test_the_job_says_how_many_pictures_and_persons_the_file_holds(tmp_path):
     keys = write_keypoints(tmp_path / "keypoints", [picture("a.jpg", 1, scores=(0.5, 0.9)), picture("b.jpg", 2)])
 

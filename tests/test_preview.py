@@ -158,6 +158,25 @@ def test_pictures_under_a_prefix_are_drawn_and_a_changed_or_missing_one_says_so(
     assert cv2.imread(result["contact_sheet"]).shape == (240, 1280, 3)
 
 
+def test_a_preview_that_was_ended_before_its_page_is_made_again_and_a_whole_one_is_refused(tmp_path):
+    storage.put_if_absent(f"{tmp_path}/pictures/a.png", png(10))
+    keys = write_keypoints(tmp_path / "keypoints", [annotated("a.png", png(10))],
+                           source={"kind": "prefix", "uri": f"{tmp_path}/pictures"})
+    result, html = preview(tmp_path, keys)
+    Path(result["output"]).unlink()
+
+    assert preview(tmp_path, keys) == (result, html)
+    with pytest.raises(ConfigError, match=r"index\.html is there already"):
+        preview(tmp_path, keys)
+
+
+def test_a_shard_dataset_that_is_gone_is_asked_for(tmp_path):
+    keys = write_keypoints(tmp_path / "keypoints", [annotated("a.png", png(10))],
+                           source={"kind": "shards", "uri": f"{tmp_path}/gone", "version": 1})
+    with pytest.raises(DataError, match=r"gone: the shard dataset that was annotated isn't there any more\. Give --im"):
+        preview(tmp_path, keys)
+
+
 def write_shards(output: Path, rows: list[dict], source: dict) -> None:
     """A shard dataset of one part for each row."""
     parts = []

@@ -46,7 +46,8 @@ def test_a_finished_run_is_complete_and_gives_its_counts(output: Path, capsys: p
     assert found["counts"]["rejected"] == 1
     assert len(found["model"]["digest"]) == 64
     told = capsys.readouterr().err
-    assert "3 of 3 units (100.0%) of 5 pictures" in told
+    assert "3 of 3 units (100.0%), of 5 pictures" in told
+    assert "committed: 5 pictures, 4 ok, 0 no_person, 1 rejected, 4 persons" in told
     assert "not_a_picture 1" in told
 
 
@@ -74,7 +75,7 @@ def test_a_run_whose_driver_left_a_sign_just_now_is_running(output: Path, capsys
     unfinish(output)
     leave_sign(output, age_s=5)
     assert status.run(StatusConfig(output=str(output)))["state"] == "running"
-    assert "alive, last seen 5 s ago; 2 of 3 units, 4.5 persons/s, about 10 min left" in capsys.readouterr().err
+    assert "alive, last seen 5 s ago; 2 of 3 units, 4.5 persons/s, about 0:10:00 left" in capsys.readouterr().err
 
 
 def test_of_many_parts_some_are_counted_and_the_rest_is_estimated(

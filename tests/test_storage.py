@@ -278,7 +278,8 @@ def test_a_name_of_255_bytes_can_be_put(tmp_path: Path) -> None:
     assert put_if_absent(str(tmp_path / ("x" * 255)), b"")
 
 
-def test_a_disk_lists_files_and_links_to_files(tmp_path: Path) -> None:
+def test_a_disk_lists_files_and_links_to_files_and_warns_of_links_to_folders(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     world = tmp_path / "world"
     (world / ".hidden-folder").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -289,6 +290,8 @@ def test_a_disk_lists_files_and_links_to_files(tmp_path: Path) -> None:
     os.mkfifo(world / "pipe")
     assert [(found.name, found.size) for found in list_objects(str(world))] == [
         (".hidden-folder/b", 3), ("a", 3), ("linked-file", 3)]
+    warning, = caplog.messages
+    assert f"{world}/linked-folder: a link to a folder, which is not followed" in warning
 
 
 @pytest.mark.parametrize("target", ["nowhere", "dangling"])
@@ -406,7 +409,8 @@ def test_settings_that_are_wrong_are_a_wrong_command(
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///x", "s3://b\x01/x", "s3://a b/x", ""])
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///x", "s3://b\x01/x", "s3://a b/x", "s3:/b/x",
+                                 "S3://b/x", ""])
 def test_an_address_of_another_kind_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError):
         storage.normalise(uri)

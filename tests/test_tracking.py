@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -416,6 +417,17 @@ def test_a_name_that_no_reference_could_have_is_refused_at_once(name):
         refuse_bad_name(name)
 
 
+@pytest.mark.parametrize("reference", ["models:/other@champion", "models:/mspn@nobody", "models:/mspn/77"])
+def test_a_model_that_mlflow_does_not_know_is_a_wrong_command(reference, tracking, registered):
+    with pytest.raises(ConfigError, match=re.escape(reference) + ".*doesn't know it"):
+        registered_version(reference, tracking=tracking)
+
+
+def test_a_run_that_mlflow_does_not_know_is_a_wrong_command(tracking, tmp_path):
+    with pytest.raises(ConfigError, match=r"runs:/0123/model.*doesn't know it"):
+        resolve_model("runs:/0123/model", tracking=tracking, into=tmp_path)
+
+
 def test_a_folder_without_a_model_is_not_registered(tracking, tmp_path):
     with pytest.raises(DataError, match=r"no model\.json"):
         register_model_directory(tmp_path, "mspn", tracking=tracking)
@@ -501,11 +513,6 @@ def test_a_model_that_is_not_ours_is_refused(tracking, tmp_path):
     with pytest.raises(DataError, match=r"no model\.json"):
         resolve_model(f"runs:/{run.run_id}/model", tracking=tracking, into=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_model_is_an_error_that_names_it(tracking, tmp_path):
-    with pytest.raises(TrackingError, match="nosuch"):
-        resolve_model("models:/nosuch@champion", tracking=tracking, into=tmp_path)
 
 
 def test_a_run_is_known_or_not(tracking):

@@ -541,7 +541,7 @@ def test_a_run_that_has_not_ended_is_a_note_and_no_fault(tmp_path: Path) -> None
 
 
 def test_a_place_without_a_shard_dataset_is_refused(place: str) -> None:
-    with pytest.raises(DataError, match="holds no shard dataset"):
+    with pytest.raises(DataError, match=r"holds no shard dataset .* and no keypoint dataset"):
         open_chain(place)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class InlineWriter:
 
 
 def annotate_inline(output: str, job: FrozenJob, tasks: Iterable[annotate_pool.UnitTask], *,
-                    pool: annotate_pool.PoolSizes, reuse: str | None, careful: bool = False) -> Iterator[Receipt]:
+                    pool: annotate_pool.PoolSizes, reuse: str | None, careful: bool = False) -> Generator[Receipt]:
     """annotate_units without Ray: an actor is an object."""
     settings: dict[str, Any] = {"output": output, "job": job, "careful": careful, "reuse": reuse}
     decoding = annotate_pool.DecodingActor(**settings) if pool.decoders else None

@@ -18,26 +18,27 @@ from pipeline.export.yolo_pose import write_yolo_pose
 from pipeline.pose.skeleton import Skeleton
 
 __all__ = ["FORMATS", "ExportOptions", "Exported", "Format", "coco_results", "export_keypoints", "joint_array",
-           "person_rows", "refuse_unused"]
+           "person_rows", "refuse_other_ending", "refuse_unused"]
 
 JOINTS, PICTURES, PREFIX = ("min_score", "low_joints"), ("empty_pictures",), ("image_prefix",)
 
 
 @dataclass(frozen=True)
 class Format:
-    """Who writes it, and which options change the file."""
+    """Who writes it, which options change the file, and how its name ends."""
 
     write: Callable[[pa.Table, Skeleton, ExportOptions], Exported]
     options: tuple[str, ...] = ()
+    ending: str = ".json"
 
 
 FORMATS = {
     "coco-results": Format(write_coco_results),
     "coco-annotations": Format(write_coco_annotations, JOINTS + PICTURES + PREFIX),
-    "cvat": Format(write_cvat, JOINTS + PICTURES + PREFIX),
-    "label-studio": Format(write_label_studio, JOINTS + PICTURES + PREFIX),
+    "cvat": Format(write_cvat, JOINTS + PICTURES + PREFIX, ".zip"),
+    "label-studio": Format(write_label_studio, JOINTS + PICTURES + PREFIX, ".zip"),
     "fiftyone": Format(write_fiftyone, JOINTS + PICTURES + PREFIX),
-    "yolo-pose": Format(write_yolo_pose, JOINTS + PICTURES),
+    "yolo-pose": Format(write_yolo_pose, JOINTS + PICTURES, ".zip"),
 }
 
 
@@ -46,6 +47,13 @@ def export_keypoints(table: pa.Table, to: str, *, skeleton: Skeleton, options: E
     if to not in FORMATS:
         raise ConfigError(f"there is no export format {to!r}; known: {', '.join(sorted(FORMATS))}.")
     return FORMATS[to].write(table, skeleton, options or ExportOptions())
+
+
+def refuse_other_ending(to: str, output: str) -> None:
+    """Refuse (ConfigError) a .json or .zip that wouldn't be one: tools look at the name first."""
+    ending = FORMATS[to].ending
+    if output.lower().endswith((".json", ".zip")) and not output.lower().endswith(ending):
+        raise ConfigError(f"--output {output}: {to} is a {ending} file. Choose a name that ends so.")
 
 
 def refuse_unused(to: str, given: Collection[str]) -> None:

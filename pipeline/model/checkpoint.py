@@ -112,6 +112,8 @@ def _why_unreadable(error: Exception) -> str:
         return (f"the file asks to load {wanted[1]}, which is code and not weights; nothing of it was run. "
                 "If you trust where it is from, save its state_dict alone into a new file, and import that.")
     first_line = next(iter(str(error).splitlines()), type(error).__name__)
+    if "weights_only" in first_line:  # torch then recommends to run what is in the file
+        return "not a checkpoint that torch can read. Check that it is one; it may be cut off: download it again."
     return f"not a checkpoint that torch can read ({first_line}). It may be cut off: download it again."
 
 

@@ -110,8 +110,8 @@ def _refuse_other_places(uri: str, stored: Mapping[str, int], last: int, number:
     if last:
         raise DataError(f"{uri} has versions 1 to {last}, and no version {number}. Give one of these, or none.")
     begun = " A run was begun there: repeat its command to end it." if JOB.format(1) in stored else ""
-    raise DataError(f"{uri} holds no shard dataset: {DATASET.format(1)} isn't there.{begun} "
-                    "Give the --output of a shard run that has ended.")
+    raise DataError(f"{uri} holds no shard dataset ({DATASET.format(1)} isn't there) and no keypoint dataset "
+                    f"(_job.json).{begun} Give the --output of a shard run that has ended, or of an annotate run.")
 
 
 def _compare_run(name: str, run: Run | None, version: Version, tell: Tell) -> None:
