@@ -1,6 +1,7 @@
 """Each export format, read back: what comes back exactly, what is lost, and by how much at most."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,13 @@ def test_cvats_label_has_a_point_and_a_node_for_each_joint_and_a_line_for_each_e
     assert label["svg"].count("<circle ") == 17
     assert label["svg"].count("<line ") == 19
     assert 'data-node-from="16" data-node-to="14"' in label["svg"]  # COCO's first edge, counted from 1
+
+
+def test_where_nobody_is_cvats_label_shows_the_joints_in_a_circle_apart_from_each_other():
+    table = table_of(person("a.jpg", status="no_person", person_index=None))
+    (label,) = json.loads(members(export_keypoints(table, "cvat", skeleton=TORSO3).data)["labels.json"])
+    places = [(float(x), float(y)) for x, y in re.findall(r'cx="([^"]+)" cy="([^"]+)"', label["svg"])]
+    assert len({(x, y) for x, y in places if 0 <= x <= 100 and 0 <= y <= 100}) == 3
 
 
 def test_yolos_dataset_names_joints_and_mirror():

@@ -124,6 +124,10 @@ def test_a_decoder_without_time_is_refused(seconds: float) -> None:
         IsolatedDecoder(seconds=seconds)
 
 
+def test_a_decoder_may_have_as_much_memory_as_the_largest_picture_needs() -> None:
+    assert IsolatedDecoder(PictureLimits(max_pixels=10, max_bytes=100)).memory_bytes == 32 * 10 + 4 * 100
+
+
 def test_threads_share_a_decoder(decoder: IsolatedDecoder) -> None:
     pictures = [picture(seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:

@@ -380,6 +380,7 @@ Damage = Callable[[list[dict[str, Any]]], object]
     (0, lambda rows: rows[2].update(width=None, height=None), "positive width and height"),
     (1, lambda rows: rows[1].update(width=8), "positive width and height"),
     (2, lambda rows: rows[0].update(sha256=None), "a sha256"),
+    (0, lambda rows: rows[2].update(sha256=None), "a sha256"),
     (2, lambda rows: rows[0].update(box_w=0.0), "a box of positive"),
     (2, lambda rows: rows[0].update(box_h=-4.0), "a box of positive"),
     (2, lambda rows: rows[0].update(box_id=None), "box_id"),

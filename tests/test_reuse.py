@@ -369,7 +369,8 @@ def test_a_list_of_which_no_key_is_there_is_told_to_leave_nothing_out(
 
 
 def test_a_limit_that_ends_before_the_input_leaves_open_which_keys_are_there(
-        world: Path, caplog: pytest.LogCaptureFixture) -> None:
+        world: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.shard_plan.ROWS_AT_ONCE", 2)  # the last key is not even listed
     (world / "out.txt").write_text(f"{names(world)[0].name}\n{names(world)[7].name}\n")
     result = run(world, "new", exclude=str(world / "out.txt"), limit=2, pictures_per_unit=1)
     assert "excluded_unknown" not in result["given"]

@@ -216,6 +216,13 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: b
     assert verified(tmp_path, World().files() | {name: content}) == [("unreadable", name)]
 
 
+@pytest.mark.parametrize(("broken", "is_told"), [(1, True), (2, True), (3, False)])
+def test_what_is_wrong_with_a_pinned_version_or_an_earlier_one_is_named_and_with_a_later_one_not(
+        tmp_path: Path, broken: int, is_told: bool) -> None:
+    name = f"dataset-{broken:06d}.json"
+    assert (("unreadable", name) in verified(tmp_path, World().files() | {name: b"{"}, version=2)) is is_told
+
+
 @pytest.mark.parametrize(("key", "value"), [
     ("version", None), ("version", "1"), ("dataset_version", 7), ("counts", None), ("parts", None), ("parts", {}),
     ("parts", [{"name": "part-0000000-01234567.parquet"}]), ("source", {}), ("skeleton", {"joints": [1]}),
