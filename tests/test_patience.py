@@ -70,7 +70,7 @@ def test_pauses_grow_to_a_minute_and_end_within_a_quarter_of_an_hour(monkeypatch
     def away() -> None:
         raise StorageError("away")
 
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: 5e3 + sum(slept), sleep=slept.append))
     with pytest.raises(StorageError, match="away"):
         patience.waited_out(away)
     assert slept == [10] + [60] * 14  # another minute would be the 910th second
@@ -79,7 +79,7 @@ def test_pauses_grow_to_a_minute_and_end_within_a_quarter_of_an_hour(monkeypatch
 def test_what_was_asked_for_is_given_once_the_store_is_back_and_it_is_said_how_long_it_was_away(
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: 5e3 + sum(slept), sleep=slept.append))
     assert patience.waited_out(lambda: 7) == 7
     assert not caplog.text
     answers = Mock(side_effect=[StorageError("away"), StorageError("away"), None])

@@ -20,7 +20,7 @@ from jobs import train, train_intent
 from jobs.train_task import INIT_FOLDER
 from pipeline import model_registry, promotion, storage, tracking
 from pipeline.config import PromoteConfig, PromotionConfig, TrackingConfig, TrainConfig, load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.mixture import TrainingSet
 from pipeline.model.directory import ModelSpec, model_digest, read_spec, save_model
 from pipeline.model.mspn import MSPN
@@ -240,6 +240,14 @@ def test_a_flipped_byte_in_mlflows_store_is_refused(promote_to, register, traine
     assert not decided.moved
     assert "not what was registered (model.safetensors: " in decided.why
     assert behind(decided.alias, settings) == trained
+
+
+@pytest.mark.parametrize("error", [DataError("no model.json inside."), tracking.TrackingError("No answer.")])
+def test_a_version_that_can_not_be_downloaded_is_refused(
+        settings, tmp_path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(model_registry, "resolve_model", Mock(side_effect=error))
+    with pytest.raises(PromotionRefused, match=f"models:/pose/3 can't be downloaded: {error}"):
+        job._downloaded(RegisteredVersion("pose", "3", None), settings, tmp_path)
 
 
 def test_a_model_that_does_not_load_is_refused(promote_to, register, tmp_path, settings) -> None:

@@ -254,6 +254,7 @@ def test_an_mlflow_that_is_away_is_asked_once_in_a_while(server, monkeypatch):
     for step in range(100):
         run.log_metrics({"loss": 1.0}, step=step)
     assert server.attempts == 1
+    assert run._again_at - time.monotonic() > 50  # however quickly it was refused
 
 
 def test_one_that_lets_us_wait_costs_a_twentieth_of_the_time(server, monkeypatch):
@@ -314,8 +315,9 @@ def test_a_run_that_goes_on_is_opened_while_mlflow_is_away(server, monkeypatch, 
     monkeypatch.setattr("pipeline.tracking.open_client", connect)
     server.away = True
     settings = TrackingConfig(uri="http://tracking")
-    with pytest.raises(TrackingError), open_run(settings, name="train", run_id="1"):
-        pass
+    for one_that_must_answer in ({"run_id": "1"}, {"must_answer": False}):  # a new run has no id to go on with
+        with pytest.raises(TrackingError), open_run(settings, name="train", **one_that_must_answer):
+            pass
     with open_run(settings, name="train", run_id="1", must_answer=False) as run:
         run.log_metrics({"loss": 1.0}, step=20)
         server.away = False
