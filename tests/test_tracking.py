@@ -460,11 +460,6 @@ def test_a_model_that_is_not_ours_is_refused(tracking, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_model_is_an_error_that_names_it(tracking, tmp_path):
-    with pytest.raises(TrackingError, match="nosuch"):
-        resolve_model("models:/nosuch@champion", tracking=tracking, into=tmp_path)
-
-
 def test_a_run_is_known_or_not(tracking):
     with open_run(tracking, name="train") as run:
         assert knows_run(run.run_id, tracking=tracking)
