@@ -152,7 +152,7 @@ def _deserving_models(candidate: RegisteredVersion, champion: RegisteredVersion 
 def _downloaded(version: RegisteredVersion, settings: TrackingConfig, folder: Path) -> Path:
     try:
         return model_registry.resolve_model(version.reference, tracking=settings, into=folder)
-    except (tracking.TrackingError, DataError) as error:
+    except (tracking.TrackingError, ConfigError, DataError) as error:
         raise PromotionRefused(f"{version.reference} can't be downloaded: {error}") from None
 
 

@@ -77,14 +77,15 @@ def _connect() -> None:
     # At least 4 logical CPUs: two training workers would leave none for the tasks that feed them.
     ray.init(address="local", num_cpus=max(4, usable_cores()), log_to_driver=True,
              logging_level=logging.WARNING)
-    gpus = f", {have:g} GPUs" if (have := ray.cluster_resources().get("GPU")) else ""
-    logger.info("started a local Ray on %d cores%s", usable_cores(), gpus)
+    logger.info("started a local Ray: %s", _resources())
 
 
 def _resources() -> str:
     import ray
 
-    have = ray.cluster_resources()
+    have = dict(ray.cluster_resources())
+    if not os.environ.get("RAY_ADDRESS"):
+        have["CPU"] = usable_cores()  # those of a local Ray are logical, and at least 4
     return ", ".join(f"{have[kind]:g} {kind}" for kind in ("CPU", "GPU") if kind in have)
 
 
