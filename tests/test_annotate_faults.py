@@ -119,7 +119,7 @@ def test_a_pass_that_the_service_ended_is_followed_by_one_that_begins_with_what_
     freeze_only(world, tmp_path / "out", input=asked["input"])
     faulty_s3.fail("GET", SLOW_DOWN, path="/in/", times=annotate.FAILURES_IN_A_ROW + 2)
     run(world, tmp_path / "out", input=asked["input"])
-    read = [path.rpartition("/")[2] for path in faulty_s3.asked("GET") if "/in/" in path]
+    read = [path.rpartition("/")[2] for path in faulty_s3.asked("GET") if "/in/" in path and path.endswith(".jpg")]
     names = sorted(path.name for path in (world / "in" / "images").iterdir())
     # the twenty failures; those left, of which two fail; the twenty; the two, for which there is a pause again
     assert read == names[:20] + names[20:] + names[:20] + names[20:22]
@@ -193,8 +193,8 @@ def test_a_unit_that_the_service_failed_and_that_then_ends_its_process_is_done_w
     def troubled(output: str, job: Any, tasks: Any, *, careful: bool = False, **options: Any) -> Any:
         careful_calls.append(careful)
         if len(careful_calls) == 1:
-            return iter([Receipt(task.unit, "failed", failure="503", passing=True) for task in tasks])
-        return whole(output, job, tasks, careful=careful, **options) if careful else iter(())
+            return (Receipt(task.unit, "failed", failure="503", passing=True) for task in tasks)
+        return whole(output, job, tasks if careful else (), careful=careful, **options)
 
     monkeypatch.setattr(annotate, "annotate_units", troubled)
     assert run(world, tmp_path / "out", limit=1)["counts"]["ok"] == 1
@@ -206,7 +206,7 @@ def test_only_failures_of_the_service_in_a_row_end_a_pass(successes: int, goes_o
     failed = [Receipt(unit, "failed", failure="503", passing=True) for unit in range(19)]
     receipts = failed + [Receipt(40, "there")] * successes + failed
     progress = Progress(41, budget=RejectionBudget(41, 1.0), output="out")
-    assert annotate._take_receipts(receipts, progress) is goes_on
+    assert annotate._take_receipts((receipt for receipt in receipts), progress) is goes_on
 
 
 # --- an annotator and its job -------------------------------------------------------------------------------------

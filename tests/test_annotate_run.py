@@ -214,7 +214,7 @@ def test_what_runs_before_have_rejected_keeps_a_run_that_has_nothing_left_to_do_
                    backend="cpu")
     annotate.run(asked.model_copy(update={"max_rejected_share": 1}))
     (tmp_path / "out" / "_SUCCESS").unlink()
-    with pytest.raises(DataError, match="1 pictures were rejected"):
+    with pytest.raises(DataError, match="1 picture rejected"):
         annotate.run(asked)
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 

@@ -80,7 +80,7 @@ def test_it_shares_no_code_with_what_writes_datasets() -> None:
     imported |= {each.name for node in nodes if isinstance(node, ast.Import) for each in node.names}
     ours = {name for name in imported if name and name.startswith(("pipeline.", "jobs."))}
     assert {name for name in ours if not name.startswith("pipeline.verification.")} == {
-        "pipeline.storage", "pipeline.errors", "pipeline.config", "pipeline.cores", "jobs.start_ray"}
+        "pipeline.storage", "pipeline.errors", "pipeline.config", "pipeline.cores", "pipeline.words", "jobs.start_ray"}
 
 
 def test_keys_and_columns_that_came_later_are_no_fault(tmp_path: Path) -> None:
