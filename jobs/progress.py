@@ -5,8 +5,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +86,9 @@ class Progress:
         self.budget.check(total_counts([self._earlier, self.counts]))
         self._tell()
 
-    @contextmanager
-    def counting(self, earlier: Iterable[dict[str, Any]]) -> Iterator[None]:
+    def counting(self, earlier: Iterable[dict[str, Any]]) -> AbstractContextManager[None]:
         """While the block runs, count the parts that stood before; a thread reads them, and nobody waits for it."""
-        ended = threading.Event()
-
-        def count() -> None:
+        def count(ended: threading.Event) -> None:
             try:
                 for counts in earlier:
                     if ended.is_set():
@@ -100,33 +97,18 @@ class Progress:
             except (OSError, ValueError) as error:  # the store, or a part that is damaged: sealing will say so
                 logger.warning("what earlier runs rejected counts only at the end: %s", error)
 
-        thread = threading.Thread(target=count, daemon=True, name="counting parts")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return _beside(count, name="counting parts")
 
-    @contextmanager
-    def telling_of_silence(self) -> Iterator[None]:
+    def telling_of_silence(self) -> AbstractContextManager[None]:
         """While the block runs, say so each minute in which no unit was done: the first ones take long."""
-        ended = threading.Event()
-
-        def watch() -> None:
+        def watch(ended: threading.Event) -> None:
             while not ended.wait(max(QUIET_S / 60, self._told + QUIET_S - time.monotonic())):
                 if time.monotonic() - self._told >= QUIET_S:
                     silent_s, self._told = time.time() - self._last, time.monotonic()
                     self._show(f"{len(self.answered)} of {counted(self.units, 'unit')}; no unit was done for "
                                f"{clock(silent_s)}", last=False)
 
-        thread = threading.Thread(target=watch, daemon=True, name="telling of silence")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return _beside(watch, name="telling of silence")
 
     def so_far(self) -> dict[str, Any]:
         """What this run has done: units of units, pictures, persons, rejected, persons/s, seconds left."""
@@ -156,3 +138,16 @@ class Progress:
             print(f"\r{line}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
             logger.info("%s", line)
+
+
+@contextmanager
+def _beside(work: Callable[[threading.Event], None], *, name: str) -> Iterator[None]:
+    """While the block runs, a thread works; it is given the event that the block has ended, and is waited for."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,), daemon=True, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
