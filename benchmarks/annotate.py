@@ -339,21 +339,22 @@ def write_with_boxes(place: Path, pictures: Sequence[bytes], persons: int) -> No
 
 
 def measure_memory(output: Path, model: Path, pictures: Sequence[bytes], boxes: Boxes) -> dict[str, Any]:
-    """MB of all processes of the job, in the four quarters of the run."""
+    """MB of all processes of the job, in the four quarters of the time in which its units were done."""
     source, samples, ended = repeated_pictures(output, MEMORY_PICTURES), [], threading.Event()
 
     def sample() -> None:
         while not ended.wait(1.0):
-            samples.append(resident_mb())
+            samples.append((time.monotonic(), resident_mb()))
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        run_job(output / "memory", model, source, boxes=None, backend="null")
+        run = run_job(output / "memory", model, source, boxes=None, backend="null")
+        began = time.monotonic() - run.working_s
     finally:
         ended.set()
         thread.join()
-    quarters = [statistics.mean(part) for part in np.array_split(samples[5:], 4)]
+    quarters = [statistics.mean(part) for part in np.array_split([mb for when, mb in samples if when > began], 4)]
     return {"MB by quarters": [round(mb) for mb in quarters], "grown": round(quarters[-1] / quarters[0] - 1, 4)}
 
 
