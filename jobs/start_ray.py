@@ -25,8 +25,8 @@ NO_CORES = ("the Ray cluster has no core for tasks now, so that how much is done
 # same two cores: 12, 11, no end within minutes (RESULTS.md)
 THREAD_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 # Ray gives its workers nearly the lowest priority (nice 15). On a machine of a few cores each of Ray's own dozen
-# processes that wakes up then takes a core from a thread of a network, for which the others wait: a training did 47
-# samples/s, and 57 at everybody's priority (RESULTS.md)
+# processes that wakes up then takes a core from a thread of a network, for which the others wait: steps beside an idle
+# Ray made 54 samples/s, and 60 at everybody's priority (RESULTS.md)
 WORKER_NICENESS = {"RAY_worker_niceness": "0"}
 # What Ray warns of at each start and nobody can mend: that a local Ray asks for a token, that its own bars are off
 NOT_WORTH_A_LINE = ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress")
