@@ -139,8 +139,9 @@ def freeze(config: AnnotateConfig, model: FoundModel,
 def refuse_early(config: AnnotationConfig) -> None:
     """Refuse what would else come out only when Ray is up: an input or boxes that aren't there."""
     inputs.refuse_nothing(config.input)
-    if kind_at(config.input) in (KEYPOINTS, TRAINING):
-        raise ConfigError(f"--input {config.input} holds {kind_at(config.input)}, and no pictures.")
+    kind = kind_at(config.input)
+    if kind in (KEYPOINTS, TRAINING):
+        raise ConfigError(f"--input {config.input} holds {kind}, and no pictures. Give a place of pictures or shards.")
     refuse_unservable(_asked_boxes(config), inputs.describe_input(config.input))
 
 

@@ -50,8 +50,8 @@ def test_a_pool_of_actors_gives_the_rows_that_one_process_gives(
     assert not list((tmp_path / "pool" / "_drivers").iterdir())
 
 
-def test_workers_have_the_priority_of_who_started_ray() -> None:
-    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
+def test_workers_have_no_lower_priority_than_who_started_ray() -> None:
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) <= max(os.nice(0), 0)  # Ray's own would be 15
 
 
 def test_actors_that_decode_for_others_give_the_rows_that_one_process_gives(
